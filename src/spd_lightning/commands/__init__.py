@@ -1,0 +1,1 @@
+"""One module per command. Their help is light: torch and friends are imported when a command really runs."""

@@ -1,0 +1,248 @@
+"""Make a new head for a target, save one, and load one from any source that holds one."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from spd_lightning.errors import InputError
+from spd_lightning.head.config import HeadConfig
+from spd_lightning.head.layout import StaircaseLayout
+from spd_lightning.head.module import SpeculationHead
+from spd_lightning.staircase import default_anchors
+
+if TYPE_CHECKING:
+    from spd_lightning.target.target import Target
+
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+#: Prefix of the head's parameters in a training checkpoint.
+CHECKPOINT_PREFIX = "head."
+
+
+def head_config(
+    target: Target,
+    num_layers: int = 2,
+    anchors: Sequence[int] | None = None,
+    draft_token_ids: Sequence[int] | None = None,
+) -> HeadConfig:
+    """The configuration of a head that fits `target` (which must be cut into stages)."""
+    if target.stage_layers is None:
+        target.partition(num_stages=min(8, target.num_layers))
+    assert target.stage_layers is not None
+    text = target.config
+    return HeadConfig(
+        stage_layers=target.stage_layers,
+        anchors=tuple(anchors) if anchors is not None else default_anchors(target.stage_layers),
+        num_layers=num_layers,
+        hidden_size=text.hidden_size,
+        intermediate_size=text.intermediate_size,
+        num_attention_heads=text.num_attention_heads,
+        num_key_value_heads=text.num_key_value_heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+        vocab_size=target.vocab_size,
+        draft_token_ids=None if draft_token_ids is None else tuple(sorted(set(draft_token_ids))),
+        rms_norm_eps=text.rms_norm_eps,
+        hidden_act=text.hidden_act,
+        rope_parameters=dict(text.rope_parameters),
+        max_position_embeddings=text.max_position_embeddings,
+    )
+
+
+def new_head(
+    target: Target,
+    num_layers: int = 2,
+    anchors: Sequence[int] | None = None,
+    draft_token_ids: Sequence[int] | None = None,
+    seed: int = 0,
+) -> SpeculationHead:
+    """An untrained head, initialised from the target.
+
+    The lm_head starts as the target's rows of the draft vocabulary and the norm is the target's. W_k starts as the
+    identity on its deepest anchor, so that a row is a hidden state the target itself could have passed on. The layers
+    start as a fresh target layer would: normal weights of its `initializer_range`.
+
+    Raises:
+        InputError: for anchors or a draft vocabulary that do not fit the target.
+    """
+    head = SpeculationHead(head_config(target, num_layers, anchors, draft_token_ids))
+    random = torch.Generator().manual_seed(seed)
+    std = getattr(target.config, "initializer_range", 0.02)
+    with torch.no_grad():
+        for module in head.layers.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.weight.normal_(0, std, generator=random)
+        identity = torch.eye(head.config.hidden_size)
+        for weight in head.aggregation.parameters():
+            weight.zero_()
+            weight[:, -head.config.hidden_size :] = identity
+        rows = target.lm_head.weight.detach().float().cpu()
+        head.lm_head.weight.copy_(rows if head.draft_token_ids is None else rows[head.draft_token_ids])
+        head.norm.weight.copy_(target.norm.weight.detach().float().cpu())
+    return head.to(target.device)
+
+
+@torch.no_grad()
+def draft_logits(target: Target, head: SpeculationHead, input_ids: Tensor, restarts: Sequence[int] = (0,)) -> Tensor:
+    """The training view of a head, without gradient.
+
+    Args:
+        input_ids: [B, S].
+        restarts: positions whose gap is n, the same for every sequence; (0,) is saturated everywhere.
+
+    Returns:
+        Draft logits [B, S, V_d]: entry t drafts token t + 1.
+    """
+    states, _ = target(input_ids, head.config.anchors)
+    layout = StaircaseLayout.from_restarts(
+        head.staircase, [restarts] * input_ids.shape[0], input_ids.shape[1], device=input_ids.device
+    )
+    return head.logits(head([state.to(head.dtype) for state in states], layout))
+
+
+def save_head(head: SpeculationHead, directory: Path, extra: dict[str, Any] | None = None) -> None:
+    """Write config.json and model.safetensors, each under a temporary name first; weights before config, so that a
+    folder with a config is complete."""
+    from safetensors.torch import save_file
+
+    directory.mkdir(parents=True, exist_ok=True)
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()}
+    temporary = directory / f".{WEIGHTS_FILE}.{os.getpid()}"
+    save_file(weights, temporary, metadata={"format": "pt"})
+    temporary.replace(directory / WEIGHTS_FILE)
+    temporary = directory / f".{CONFIG_FILE}.{os.getpid()}"
+    temporary.write_text(head.config.to_json())
+    temporary.replace(directory / CONFIG_FILE)
+    if extra is not None:
+        (directory / "provenance.json").write_text(json.dumps(extra, indent=2) + "\n")
+
+
+def load_head(
+    source: str | Path,
+    target: Target | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+) -> SpeculationHead:
+    """Load a head from wherever one is.
+
+    Args:
+        source: a head folder (config.json + model.safetensors), a run directory, a training checkpoint (.ckpt), a
+            published version-11 file (.pt), or a hub id with optional @revision.
+        target: checked against the head; its stages are set from the head where it has none. Needed for .pt files,
+            which carry neither the norm nor the RoPE of their target.
+        dtype: default: the target's, else as stored.
+        device: default: the target's, else the CPU.
+
+    Raises:
+        InputError: for a missing, truncated or foreign file, or a head that does not fit the target.
+    """
+    head = _read(str(source), target)
+    if target is not None:
+        from spd_lightning.target.target import check_head_fits
+
+        check_head_fits(target, head.staircase, head.config.hidden_size, head.config.vocab_size)
+        if target.stage_layers is None:
+            target.partition(stage_layers=head.staircase.stage_layers)
+        dtype, device = dtype or target.dtype, device or target.device
+    return head.to(device=device, dtype=dtype).eval()
+
+
+def _read(source: str, target: Target | None) -> SpeculationHead:
+    path = Path(source)
+    if path.is_file() and path.suffix == ".pt":
+        from spd_lightning.head.version11 import read_version_11
+
+        return read_version_11(path, target)
+    if path.is_file() and path.suffix == ".ckpt":
+        return _from_checkpoint(path)
+    if path.is_dir():
+        for folder in (path, path / "head"):
+            if (folder / CONFIG_FILE).is_file() and (folder / WEIGHTS_FILE).is_file():
+                return _from_folder(folder)
+        checkpoints = sorted((path / "checkpoints").glob("*.ckpt"), key=lambda file: file.stat().st_mtime)
+        if checkpoints:
+            return _from_checkpoint(checkpoints[-1])
+        raise InputError(
+            f"head={source!r} holds no head: expected {CONFIG_FILE} and {WEIGHTS_FILE} in it or in its head/ folder, "
+            "or a checkpoint in its checkpoints/ folder."
+        )
+    if path.exists() or path.is_absolute() or source.startswith((".", "~")) or path.suffix in (".pt", ".ckpt"):
+        raise InputError(
+            f"head={source!r} does not exist or is of no known kind: expected a folder, .ckpt or .pt file."
+        )
+    return _from_hub(source)
+
+
+def _from_hub(source: str) -> SpeculationHead:
+    from huggingface_hub import snapshot_download
+
+    repo, _, revision = source.partition("@")
+    try:
+        folder = snapshot_download(repo, revision=revision or None, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE])
+    except Exception as error:  # the hub client's errors have no common base
+        message = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"head={source!r} is no local path and cannot be fetched from the hub: {message}") from error
+    return _from_folder(Path(folder))
+
+
+def _from_folder(folder: Path) -> SpeculationHead:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    config = HeadConfig.from_json(folder / CONFIG_FILE)
+    try:
+        weights = load_file(folder / WEIGHTS_FILE)
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"{folder / WEIGHTS_FILE} cannot be read ({error}): the file is truncated or damaged."
+        ) from error
+    return _filled(config, weights, folder / WEIGHTS_FILE)
+
+
+def _from_checkpoint(path: Path) -> SpeculationHead:
+    try:
+        data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # zip, pickle and runtime errors: a damaged file raises any of them
+        raise InputError(f"{path} cannot be read as a checkpoint: it is truncated or damaged.") from error
+    if "head_config" not in data or "state_dict" not in data:
+        raise InputError(f"{path} is not a checkpoint of a head training run (no head_config in it).")
+    config = HeadConfig(**data["head_config"])
+    weights = {
+        name.removeprefix(CHECKPOINT_PREFIX): tensor
+        for name, tensor in data["state_dict"].items()
+        if name.startswith(CHECKPOINT_PREFIX)
+    }
+    return _filled(config, weights, path)
+
+
+def _filled(config: HeadConfig, weights: dict[str, Tensor], where: Path) -> SpeculationHead:
+    """A head with these weights, every tensor present and of the right shape.
+
+    Built on the meta device first, so that a hostile config cannot allocate before it is checked against the file.
+    """
+    with torch.device("meta"):
+        expected = {name: tensor.shape for name, tensor in SpeculationHead(config).state_dict().items()}
+    found = {name: tensor.shape for name, tensor in weights.items()}
+    wrong = [
+        f"{name}: expected {_shape(expected.get(name))}, found {_shape(found.get(name))}"
+        for name in sorted(expected.keys() | found.keys())
+        if expected.get(name) != found.get(name)
+    ]
+    if wrong:
+        raise InputError(
+            f"{where} does not hold the head that its config describes ({len(wrong)} tensors): {wrong[0]}."
+        )
+    head = SpeculationHead(config)
+    if kinds := {tensor.dtype for tensor in weights.values()}:
+        head = head.to(kinds.pop() if len(kinds) == 1 else torch.float32)
+    head.load_state_dict(weights)
+    return head
+
+
+def _shape(shape: torch.Size | None) -> str:
+    return "no such tensor" if shape is None else str(list(shape))

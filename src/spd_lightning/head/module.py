@@ -1,0 +1,286 @@
+"""SpeculationHead: rows -> draft logits, in the training view and in the decoding view of the same weights.
+
+Row (k, T) = W_k [h_{b_0}(T); ...; h_{b_k}(T)] goes through a few decoder layers under the staircase, then the target's
+frozen final norm and a trained lm_head over the draft vocabulary. Row (0, t) drafts x_{t+1}.
+
+Shapes: B batch, S positions, H hidden, m reachable blocks, R rows of one cycle, N/K query/key heads, D head_dim,
+V_d draft vocabulary, P prompt tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import LlamaConfig
+from transformers.activations import ACT2FN
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from spd_lightning.head.attention import staircase_attention
+from spd_lightning.head.config import HeadConfig
+from spd_lightning.head.layout import StaircaseLayout
+
+Rotary = tuple[Tensor, Tensor]
+
+
+class SelfAttention(nn.Module):
+    """Projections of a Qwen3-style attention; who attends to whom is the caller's business."""
+
+    def __init__(self, config: HeadConfig) -> None:
+        super().__init__()
+        H, D = config.hidden_size, config.head_dim
+        self.head_dim = D
+        self.q_proj = nn.Linear(H, config.num_attention_heads * D, bias=False)
+        self.k_proj = nn.Linear(H, config.num_key_value_heads * D, bias=False)
+        self.v_proj = nn.Linear(H, config.num_key_value_heads * D, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * D, H, bias=False)
+        self.q_norm = nn.RMSNorm(D, eps=config.rms_norm_eps)
+        self.k_norm = nn.RMSNorm(D, eps=config.rms_norm_eps)
+
+    def query(self, x: Tensor, rotary: Rotary) -> Tensor:
+        """[..., H] -> [..., N, D]."""
+        return rotate(self.q_norm(self._heads(self.q_proj(x))), rotary)
+
+    def key_value(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
+        """[..., H] -> two [..., K, D]."""
+        return rotate(self.k_norm(self._heads(self.k_proj(x))), rotary), self._heads(self.v_proj(x))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_dim))
+
+
+class Mlp(nn.Module):
+    """Gated MLP, dense even if the target is a mixture of experts."""
+
+    def __init__(self, config: HeadConfig) -> None:
+        super().__init__()
+        H, intermediate = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(H, intermediate, bias=False)
+        self.up_proj = nn.Linear(H, intermediate, bias=False)
+        self.down_proj = nn.Linear(intermediate, H, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class HeadLayer(nn.Module):
+    """One pre-norm decoder layer, in the pieces that the two views put together differently."""
+
+    def __init__(self, config: HeadConfig) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = SelfAttention(config)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = Mlp(config)
+
+    def finish(self, residual: Tensor, attended: Tensor) -> Tensor:
+        """Everything after attention: [..., H] and [..., N, D] -> [..., H]."""
+        x = residual + self.self_attn.o_proj(attended.flatten(-2))
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class HeadCache:
+    """Keys and values of the head during decoding: ONE row per position, overwritten when the position goes deeper."""
+
+    def __init__(self, config: HeadConfig, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
+        shape = (config.num_layers, config.num_key_value_heads, capacity, config.head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+
+
+class SpeculationHead(nn.Module):
+    """The trainable aggregation head.
+
+    Trained: `aggregation` (one W_k per block), `layers`, `lm_head`. Frozen: `norm`, the target's final norm.
+    """
+
+    norm: nn.RMSNorm
+    draft_token_ids: Tensor | None
+
+    def __init__(self, config: HeadConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.staircase = config.staircase
+        H = config.hidden_size
+        self.aggregation = nn.ModuleList(nn.Linear((k + 1) * H, H, bias=False) for k in range(len(config.anchors)))
+        self.layers = nn.ModuleList(HeadLayer(config) for _ in range(config.num_layers))
+        self.norm = nn.RMSNorm(H, eps=config.rms_norm_eps).requires_grad_(False)
+        self.lm_head = nn.Linear(H, config.draft_vocab_size, bias=False)
+        self.rotary = _rotary_embedding(config)
+        ids = config.draft_token_ids
+        self.register_buffer("draft_token_ids", None if ids is None else torch.tensor(ids), persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm_head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.lm_head.weight.dtype
+
+    @property
+    def _layers(self) -> list[HeadLayer]:
+        return cast("list[HeadLayer]", list(self.layers))
+
+    def full_vocabulary_id(self, draft_index: int) -> int:
+        """The target's token id of an index into the draft vocabulary."""
+        ids = self.config.draft_token_ids
+        return draft_index if ids is None else ids[draft_index]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Draft logits [..., V_d] of the last layer's output [..., H]."""
+        return self.lm_head(self.norm(hidden))
+
+    def aggregate(self, states: Sequence[Tensor]) -> Tensor:
+        """Anchor states, m_all tensors [B, S, H], to rows [B, m, S, H] of the reachable blocks."""
+        rows = [self.aggregation[k](torch.cat(list(states[: k + 1]), dim=-1)) for k in self.staircase.reachable_blocks]
+        return torch.stack(rows, dim=1)
+
+    # -- the training view: all rows of whole sequences -------------------------------------------------------------
+
+    def forward(
+        self,
+        states: Sequence[Tensor],
+        layout: StaircaseLayout,
+        position_ids: Tensor | None = None,
+        select: Tensor | None = None,
+        all_rows: bool = False,
+        dense: bool | None = None,
+    ) -> Tensor:
+        """Last-layer outputs of block-0 rows, which are the ones that draft.
+
+        Args:
+            states: one [B, S, H] per anchor.
+            layout: entry cycles (and documents) of the batch.
+            position_ids: [B, S] RoPE positions; 0..S-1 where None.
+            select: [B, S] bool: compute the last layer's output for these positions only, returned as [P, H] in
+                row-major order. Keys and values are computed for all rows all the same.
+            all_rows: return [B, m, S, H], every row (parity tests, losses on all rows).
+            dense: see `staircase_attention`.
+
+        Returns:
+            [B, S, H], or [P, H] with `select`, or [B, m, S, H] with `all_rows`.
+        """
+        x = self.aggregate(states)
+        blocks = range(x.shape[1])
+        if position_ids is None:
+            position_ids = torch.arange(x.shape[2], device=x.device)[None]
+        rotary = self._rotary(x, position_ids[:, None])  # [B, 1, S, D]: the same for every block
+        for layer in self._layers[:-1]:
+            normed = layer.input_layernorm(x)
+            q = layer.self_attn.query(normed, rotary)
+            k, v = layer.self_attn.key_value(normed, rotary)
+            x = layer.finish(x, staircase_attention(q, k, v, layout, blocks, dense))
+        last = self._layers[-1]
+        normed = last.input_layernorm(x)
+        k, v = last.self_attn.key_value(normed, rotary)
+        asked = blocks if all_rows else blocks[:1]
+        q = last.self_attn.query(normed[:, : len(asked)], rotary)
+        attended = staircase_attention(q, k, v, layout, asked, dense)
+        if all_rows:
+            return last.finish(x, attended)
+        x, attended = x[:, 0], attended[:, 0]
+        if select is not None:
+            x, attended = x[select], attended[select]
+        return last.finish(x, attended)
+
+    # -- the decoding view: the rows of one cycle ------------------------------------------------------------------
+
+    def new_cache(self, capacity: int) -> HeadCache:
+        return HeadCache(self.config, capacity, self.dtype, self.device)
+
+    def rotary_table(self, length: int) -> Rotary:
+        """cos and sin [length, D] of all positions, computed once per generation."""
+        probe = torch.empty(0, dtype=self.dtype, device=self.device)
+        cos, sin = self._rotary(probe, torch.arange(length, device=self.device)[None])
+        return cos[0], sin[0]
+
+    @torch.no_grad()
+    def prefill(self, states: Sequence[Tensor], cache: HeadCache, rotary: Rotary) -> None:
+        """Rows of a finished prompt: one causal pass over deepest rows, keys and values kept. states: [1, P, H] each."""
+        deepest = self.staircase.reachable_blocks[-1]
+        x = self.aggregation[deepest](torch.cat(list(states[: deepest + 1]), dim=-1))[0]
+        P = x.shape[0]
+        here = (rotary[0][:P], rotary[1][:P])
+        for index, layer in enumerate(self._layers):
+            normed = layer.input_layernorm(x)
+            k, v = layer.self_attn.key_value(normed, here)
+            cache.keys[index, :, :P], cache.values[index, :, :P] = k.transpose(0, 1), v.transpose(0, 1)
+            if index == len(self.layers) - 1:
+                return
+            q = layer.self_attn.query(normed, here).transpose(0, 1)[None]
+            x = layer.finish(x, _attend(q, cache, index, P, causal=True))
+
+    @torch.no_grad()
+    def step(
+        self,
+        rows: Sequence[tuple[int, int]],
+        kept: dict[int, Tensor],
+        cache: HeadCache,
+        rotary: Rotary,
+        all_rows: bool = False,
+    ) -> Tensor:
+        """The rows that are due in one cycle; their keys and values replace the positions' older rows.
+
+        Args:
+            rows: (block, position) pairs, the newest position's row last; the same position at most once.
+            kept: position -> [A, H] anchor states, valid up to the row's block.
+            cache: one row per position.
+            rotary: `rotary_table` that covers all positions.
+            all_rows: return every row's output instead of the newest's alone.
+
+        Returns:
+            [H], the last layer's output of the newest position's row; [R, H] with `all_rows`.
+        """
+        x = torch.stack([self.aggregation[k](kept[position][: k + 1].flatten()) for k, position in rows])
+        positions = torch.tensor([position for _, position in rows], device=x.device)
+        length = int(max(position for _, position in rows)) + 1
+        mask = torch.arange(length, device=x.device)[None] <= positions[:, None]
+        here = (rotary[0][positions], rotary[1][positions])
+        for index, layer in enumerate(self._layers):
+            normed = layer.input_layernorm(x)
+            k, v = layer.self_attn.key_value(normed, here)
+            cache.keys[index, :, positions] = k.transpose(0, 1)
+            cache.values[index, :, positions] = v.transpose(0, 1)
+            if index == len(self.layers) - 1 and not all_rows:  # only the newest row drafts
+                x, normed, mask, here = x[-1:], normed[-1:], mask[-1:], (here[0][-1:], here[1][-1:])
+            q = layer.self_attn.query(normed, here).transpose(0, 1)[None]
+            x = layer.finish(x, _attend(q, cache, index, length, mask=mask))
+        return x if all_rows else x[-1]
+
+    def _rotary(self, x: Tensor, position_ids: Tensor) -> Rotary:
+        cos, sin = self.rotary(x, position_ids)
+        return cos, sin
+
+
+def rotate(x: Tensor, rotary: Rotary) -> Tensor:
+    """Rotary embedding of [..., heads, D] by cos and sin [..., D] (the half-split form of Hugging Face models)."""
+    cos, sin = (part.unsqueeze(-2) for part in rotary)
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def _attend(
+    query: Tensor, cache: HeadCache, layer: int, length: int, mask: Tensor | None = None, causal: bool = False
+) -> Tensor:
+    """Attention of [1, N, R, D] over the first `length` cached positions -> [R, N, D]."""
+    keys, values = cache.keys[None, layer, :, :length], cache.values[None, layer, :, :length]
+    out = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, is_causal=causal, enable_gqa=True)
+    return out[0].transpose(0, 1)
+
+
+def _rotary_embedding(config: HeadConfig) -> nn.Module:
+    """Hugging Face's rotary embedding (all RoPE scalings of the Llama family) from the head's own config."""
+    return LlamaRotaryEmbedding(
+        LlamaConfig(
+            hidden_size=config.hidden_size,
+            num_attention_heads=config.num_attention_heads,
+            head_dim=config.head_dim,
+            max_position_embeddings=config.max_position_embeddings,
+            rope_parameters=dict(config.rope_parameters),
+        )
+    )

@@ -1,0 +1,237 @@
+"""SpdModule wires target, staircase, head and loss into Lightning; it does no mathematics of its own."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+
+from spd_lightning.errors import InputError
+from spd_lightning.head.layout import StaircaseLayout
+from spd_lightning.head.loading import CHECKPOINT_PREFIX, new_head
+from spd_lightning.head.module import SpeculationHead
+from spd_lightning.head.vocabulary import read_draft_vocabulary
+from spd_lightning.randomness import Purpose, generator
+from spd_lightning.staircase import Staircase, default_anchors, resolve_stage_layers
+from spd_lightning.target.loading import check_target, load_target
+from spd_lightning.target.target import Target
+from spd_lightning.training.data import Batch, supervised_positions
+from spd_lightning.training.losses import chunked_draft_kl
+from spd_lightning.training.metrics import DraftStatistics
+
+
+class SpdModule(L.LightningModule):
+    """Trains a speculation head on a frozen target.
+
+    Args:
+        target: folder or hub id of the frozen target; `tiny` is the embedded one.
+        revision: hub revision of the target.
+        dtype: of the frozen target: auto is bfloat16 on a GPU, float32 on a CPU.
+        num_stages: n, pipeline stages of equal size (as far as L allows).
+        stage_layers: layers per stage by hand, instead of num_stages.
+        anchors: hidden-state indices the head reads; default: stage boundaries at depths 0, n/8, 3n/8, 6n/8, n.
+        num_layers: decoder layers of the head.
+        draft_vocabulary: JSON file with "token_ids", the ids the head can propose; default: all of them.
+        restart_rate: probability that a training token starts after a flush, 1 - p of the decoder it is meant for.
+        learning_rate: peak, AdamW.
+        weight_decay: on matrices only.
+        warmup: share of the steps in which the learning rate rises linearly; then cosine.
+        final_learning_rate: end of the cosine, as a share of the peak.
+        loss_chunk: supervised positions whose logits exist at a time.
+        seed: of the head's initial weights and of the restarts.
+    """
+
+    def __init__(
+        self,
+        target: str = "tiny",
+        revision: str | None = None,
+        dtype: str = "auto",
+        num_stages: int | None = None,
+        stage_layers: list[int] | None = None,
+        anchors: list[int] | None = None,
+        num_layers: int = 2,
+        draft_vocabulary: str | None = None,
+        restart_rate: float = 0.15,
+        learning_rate: float = 1e-3,
+        weight_decay: float = 0.0,
+        warmup: float = 0.05,
+        final_learning_rate: float = 0.1,
+        loss_chunk: int = 1024,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.settings: Any = self.hparams
+        for name, value, low, high in (
+            ("restart_rate", restart_rate, 0, 1),
+            ("warmup", warmup, 0, 1),
+            ("final_learning_rate", final_learning_rate, 0, 1),
+        ):
+            if not low <= value <= high:
+                raise InputError(f"model.{name}={value}: expected a number from {low} to {high}.")
+        if not learning_rate > 0:
+            raise InputError(f"model.learning_rate={learning_rate}: expected a positive number.")
+        if loss_chunk < 1:
+            raise InputError(f"model.loss_chunk={loss_chunk}: expected at least 1.")
+        self.strict_loading = False  # the frozen target is in no checkpoint; missing HEAD keys are refused below
+        self.tokens_seen = 0
+        self.teacher_forced_by_fill: list[dict[str, float]] = []
+        self.target: Target | None = None
+        self.head: SpeculationHead | None = None
+
+    # -- building ------------------------------------------------------------------------------------------------
+
+    def check(self) -> Staircase:
+        """Everything that can be refused without reading a weight; returns the staircase the run will have."""
+        hp = self.settings
+        config = check_target(hp.target, hp.revision)
+        stages = resolve_stage_layers(config.num_hidden_layers, hp.num_stages, hp.stage_layers)
+        staircase = Staircase(stages, tuple(hp.anchors) if hp.anchors is not None else default_anchors(stages))
+        if staircase.unreachable_blocks:
+            names = [staircase.anchors[k] for k in staircase.unreachable_blocks]
+            L.pytorch.utilities.rank_zero_warn(
+                f"No depth of stage_layers={list(stages)} ends at anchors {names}: their blocks have no rows of their "
+                "own and only feed deeper ones. Choose anchors at stage boundaries."
+            )
+        if hp.draft_vocabulary is not None:
+            read_draft_vocabulary(hp.draft_vocabulary, config.vocab_size)
+        return staircase
+
+    def configure_model(self) -> None:
+        if self.head is not None:
+            return
+        hp = self.settings
+        staircase = self.check()
+        device = torch.device("cuda") if self.on_gpu else torch.device("cpu")
+        self.target = load_target(
+            hp.target, stage_layers=staircase.stage_layers, dtype=hp.dtype, device=device, revision=hp.revision
+        )
+        ids = None
+        if hp.draft_vocabulary is not None:
+            ids = read_draft_vocabulary(hp.draft_vocabulary, self.target.vocab_size)
+        self.head = new_head(self.target, hp.num_layers, staircase.anchors, ids, hp.seed)
+        self.train_statistics = DraftStatistics(staircase.num_stages)
+        self.val_statistics = DraftStatistics(staircase.num_stages)
+
+    @property
+    def on_gpu(self) -> bool:
+        trainer = self._trainer
+        return trainer is not None and trainer.strategy.root_device.type == "cuda"
+
+    def parts(self) -> tuple[Target, SpeculationHead]:
+        """Target and head, once `configure_model` has run."""
+        assert self.target is not None and self.head is not None, "configure_model has not run"
+        return self.target, self.head
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        from transformers import get_scheduler
+
+        _, head = self.parts()
+        trained = [p for p in head.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in trained if p.ndim >= 2], "weight_decay": self.settings.weight_decay},
+            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=self.settings.learning_rate, betas=(0.9, 0.95))
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = get_scheduler(
+            "cosine_with_min_lr",
+            optimizer,
+            num_warmup_steps=round(self.settings.warmup * steps),
+            num_training_steps=steps,
+            scheduler_specific_kwargs={"min_lr_rate": self.settings.final_learning_rate},
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    # -- steps ---------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        due = (self.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+        loss, table = self.loss(batch, self.current_epoch, statistics=due)
+        if not torch.isfinite(loss):
+            raise InputError(
+                f"the loss became {loss.item()} in step {self.global_step} (samples {batch['sample_ids'].tolist()}). "
+                f"Lower model.learning_rate (now {self.settings.learning_rate}) or trainer.gradient_clip_val."
+            )
+        self.tokens_seen += int(batch["lengths"].sum()) * self.trainer.world_size
+        self.log("train/loss", loss, prog_bar=True)
+        self.log("tokens", float(self.tokens_seen))
+        if due:
+            self.train_statistics.update(table)
+            self.log_dict({f"train/{name}": x for name, x in self.train_statistics.compute().items()})
+            self.train_statistics.reset()
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        _, table = self.loss(batch, epoch=0, statistics=True)
+        self.val_statistics.update(table)
+
+    def on_validation_epoch_end(self) -> None:
+        # sums over all batches and ranks first, ratios last
+        self.teacher_forced_by_fill = self.val_statistics.by_fill() if self.trainer.world_size == 1 else []
+        for name, value in self.val_statistics.compute().items():
+            self.log(f"val/teacher_forced_{name}", value)
+        self.log("tokens", float(self.tokens_seen))
+        self.val_statistics.reset()
+
+    def loss(self, batch: Batch, epoch: int, statistics: bool) -> tuple[Tensor, Tensor]:
+        """Mean loss over supervised positions and the statistics table of a batch."""
+        target, head = self.parts()
+        states, last = target(batch["input_ids"], head.config.anchors)
+        layout = StaircaseLayout(head.staircase, self.entry_cycles(batch, epoch))
+        select = supervised_positions(batch)
+        hidden = head([state.to(head.dtype) for state in states], layout, select=select)
+        total, table = chunked_draft_kl(
+            hidden=head.norm(hidden),
+            lm_head=head.lm_head.weight,
+            target_hidden=last[select],
+            target_logits=target.logits,
+            draft_ids=head.draft_token_ids,
+            fills=layout.fills()[select],
+            num_stages=head.staircase.num_stages,
+            chunk=self.settings.loss_chunk,
+            statistics=statistics,
+        )
+        return total / select.sum().clamp(min=1), table
+
+    def entry_cycles(self, batch: Batch, epoch: int) -> Tensor:
+        """[B, S]: gap n at each assistant turn's first token and at drawn restarts, else 1.
+
+        The draw is a function of (seed, epoch, sample), so a resumed run or another number of ranks repeats it.
+        """
+        _, head = self.parts()
+        starts = batch["turn_starts"]
+        length = starts.shape[1]
+        draws = torch.stack(
+            [
+                torch.from_numpy(generator(self.settings.seed, Purpose.RESTART, epoch, sample).random(length))
+                for sample in batch["sample_ids"].tolist()
+            ]
+        ).to(starts.device)
+        restart = starts | (draws < self.settings.restart_rate)
+        return torch.where(restart, head.staircase.num_stages, 1).cumsum(1)
+
+    # -- checkpoints: the head alone -------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        _, head = self.parts()
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {k: v for k, v in state.items() if k.startswith(CHECKPOINT_PREFIX)}
+        checkpoint["head_config"] = asdict(head.config)
+        checkpoint["tokens_seen"] = self.tokens_seen
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.configure_model()
+        self.tokens_seen = checkpoint.get("tokens_seen", 0)
+        _, head = self.parts()
+        expected = {CHECKPOINT_PREFIX + name for name in head.state_dict()}
+        found = set(checkpoint["state_dict"])
+        if expected != found:
+            raise InputError(
+                f"The checkpoint does not hold this head: missing {sorted(expected - found)[:3]}, "
+                f"foreign {sorted(found - expected)[:3]}. Resume with the configuration of the run that wrote it."
+            )

@@ -1,0 +1,367 @@
+"""A training run from the first check to the printed result, and the files it leaves behind.
+
+run_dir/
+  run.json            argv, commit, versions, configuration, data fingerprint, results (rewritten as they come in)
+  config.yaml         the complete configuration; `fit --config run_dir/config.yaml` repeats the run
+  metrics.jsonl       one line per logged step
+  checkpoints/        best by REAL acceptance, and the last
+  head/               the best head: config.json + model.safetensors
+  plots/              PNG
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+
+from spd_lightning.decoding.decoder import CycleEvent, SpdDecoder
+from spd_lightning.decoding.evaluation import (
+    Arm,
+    Result,
+    Subject,
+    bootstrap_difference,
+    drift_count,
+    evaluate,
+    losslessness,
+)
+from spd_lightning.errors import InputError
+from spd_lightning.head.loading import CHECKPOINT_PREFIX, load_head, save_head
+from spd_lightning.training.data import SpdDataModule
+from spd_lightning.training.loggers import JsonLinesLogger
+from spd_lightning.training.module import SpdModule
+from spd_lightning.training.validation import BrokenInvariantError, DecodingValidation
+
+_PACKAGES = ("torch", "lightning", "transformers", "datasets", "spd_lightning")
+
+
+@dataclass
+class FinalEvaluation:
+    """What is decoded after training, on held-out prompts that no validation has used.
+
+    Args:
+        prompts: number of prompts; 0 skips the evaluation.
+        max_new_tokens: new tokens per prompt.
+        temperatures: 0 is greedy, and is what baselines are compared at.
+        baselines: also decode with the untrained head and with prompt lookup.
+    """
+
+    prompts: int = 50
+    max_new_tokens: int = 64
+    temperatures: list[float] = field(default_factory=lambda: [0.0, 1.0])
+    baselines: bool = True
+
+
+@dataclass
+class RunRecord:
+    """run.json: everything needed to know what a run was and what came out; rewritten atomically at every step."""
+
+    directory: Path
+    config: dict[str, Any]
+    argv: list[str] = field(default_factory=lambda: list(sys.argv))
+    began: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
+    seconds: dict[str, float] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    results: dict[str, Any] = field(default_factory=dict)
+    status: str = "running"
+
+    def save(self) -> None:
+        content = asdict(self) | {"directory": self.directory.name, "commit": _commit(), "versions": _versions()}
+        content["config"] = self.config
+        temporary = self.directory / ".run.json"
+        temporary.write_text(json.dumps(content, indent=2, default=str) + "\n")
+        temporary.replace(self.directory / "run.json")
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time a phase and save the record when it ends, whatever ends it."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - began, 2)
+            self.save()
+
+
+def fit(cli: Any) -> Path:
+    """The main job: check, train with real decoding in every validation, evaluate, report."""
+    _quiet()
+    module, data, trainer = cli.model, cli.datamodule, cli.trainer
+    final = FinalEvaluation(**_plain(cli.config["final"]))
+    staircase = module.check()
+    directory = new_run_directory(Path(cli.config["run_dir"]))
+    record = RunRecord(directory, _plain(cli.config))
+    record.save()
+    try:
+        with record.phase("load data and target"):
+            data.setup("fit")
+            record.data = fingerprint(data)
+            needed = final.prompts + _decoding_prompts(trainer)
+            data.prompts(needed)
+        _attach(trainer, directory)
+        with record.phase("train and validate"):
+            trainer.fit(module, datamodule=data, ckpt_path=cli.config.get("ckpt_path"))
+        best = _export_best(trainer, module, directory)
+        record.results["best_val_acceptance"] = best
+        record.results["tokens"] = module.tokens_seen
+        record.results["teacher_forced_by_fill"] = module.teacher_forced_by_fill
+        if final.prompts and trainer.is_global_zero:
+            with record.phase("final decoding"):
+                _final(record, module, data, final, skip=_decoding_prompts(trainer))
+            with record.phase("plots"):
+                _plots(record, module, data)
+        record.status = "finished"
+    except BaseException as error:
+        record.status = f"failed: {type(error).__name__}: {error}"
+        raise
+    finally:
+        if trainer.is_global_zero:
+            record.save()
+    from spd_lightning.report.summary import print_summary
+
+    if trainer.is_global_zero:
+        print_summary(json.loads((directory / "run.json").read_text()), directory, staircase.num_stages)
+    return directory
+
+
+def validate(cli: Any) -> list[Any]:
+    """Teacher-forced metrics and real decoding of a checkpoint (or of the untrained head), without training."""
+    _quiet()
+    module, data, trainer = cli.model, cli.datamodule, cli.trainer
+    module.check()
+    return trainer.validate(module, datamodule=data, ckpt_path=cli.config.get("ckpt_path"))
+
+
+def new_run_directory(wanted: Path) -> Path:
+    """`wanted`, or `wanted-2`, `wanted-3`, ... where it holds a run already: a run never overwrites another."""
+    number, path = 1, wanted
+    while True:
+        try:
+            path.mkdir(parents=True)
+            return path
+        except FileExistsError:
+            if path.is_dir() and not any(path.iterdir()):
+                return path
+            number += 1
+            path = wanted.with_name(f"{wanted.name}-{number}")
+        except OSError as error:
+            raise InputError(f"run_dir={str(wanted)!r} cannot be created: {error.strerror}. Set run_dir.") from error
+
+
+def fingerprint(data: SpdDataModule) -> dict[str, Any]:
+    """Digest and size of what the run learns from and is tested on, after tokenisation."""
+    result = {}
+    for name, samples in (("train", data.train_samples), ("validation", data.validation_set)):
+        digest = hashlib.sha256()
+        for sample in samples:
+            digest.update(repr((sample.ids, sample.turn_starts)).encode())
+        result[name] = {
+            "conversations": len(samples),
+            "tokens": sum(len(s.ids) for s in samples),
+            "labelled_share": round(sum(map(sum, (s.labelled for s in samples))) / sum(len(s.ids) for s in samples), 4),
+            "sha256": digest.hexdigest(),
+        }
+    return result
+
+
+# -- pieces of fit -----------------------------------------------------------------------------------------------------
+
+
+def _quiet() -> None:
+    """Keep the output readable: no device inventory, no loading bars, no warnings about the frozen part."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    # the target's modules are in eval mode on purpose, and the small data sets here need no worker processes
+    for message in ("Found .* module.* in eval mode", ".*does not have many workers", ".*LeafSpec.*is deprecated"):
+        warnings.filterwarnings("ignore", message)
+
+
+def _attach(trainer: L.Trainer, directory: Path) -> None:
+    """Logger and checkpoints of the run directory, beside whatever the user configured."""
+    trainer.loggers = [*trainer.loggers, JsonLinesLogger(directory / "metrics.jsonl")]
+    # Lightning adds a checkpoint callback without monitor and folder of its own; ours replaces it
+    callbacks = [c for c in trainer.callbacks if not (isinstance(c, ModelCheckpoint) and c.monitor is None)]  # type: ignore[attr-defined]
+    trainer.callbacks = [  # type: ignore[attr-defined]
+        *callbacks,
+        ModelCheckpoint(
+            directory / "checkpoints",
+            filename="step{step}-acceptance{val/acceptance:.4f}",
+            auto_insert_metric_name=False,
+            monitor="val/acceptance",  # what counts is what the decoder accepts, not the loss
+            mode="max",
+            save_last=True,
+        ),
+        LearningRateMonitor("step"),
+    ]
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, DecodingValidation) and callback.directory is None:
+            callback.directory = str(directory / "checkpoints")
+
+
+def _decoding_prompts(trainer: L.Trainer) -> int:
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return sum(c.prompts for c in callbacks if isinstance(c, DecodingValidation))
+
+
+def _export_best(trainer: L.Trainer, module: SpdModule, directory: Path) -> float | None:
+    """Load the best checkpoint's weights back and write the head; returns its validation acceptance."""
+    import torch
+
+    target, head = module.parts()
+    checkpoint = next(c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor)
+    if checkpoint.best_model_path:
+        state = torch.load(checkpoint.best_model_path, map_location="cpu", weights_only=True)["state_dict"]
+        head.load_state_dict({k.removeprefix(CHECKPOINT_PREFIX): v for k, v in state.items()})
+    if trainer.is_global_zero:
+        save_head(head, directory / "head")
+    score = checkpoint.best_model_score
+    return None if score is None else float(score)
+
+
+def _final(record: RunRecord, module: SpdModule, data: SpdDataModule, final: FinalEvaluation, skip: int) -> None:
+    """Decode the final prompts with every arm and store figures, intervals and verdicts."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    target, _ = module.parts()
+    prompts = data.prompts(final.prompts, skip=skip)
+    greedy = Arm("trained head", 0.0)
+    arms = [Arm("plain", 0.0), *(Arm("trained head", t) for t in final.temperatures)]
+    if final.baselines:
+        arms += [Arm("untrained head", 0.0), Arm("prompt lookup", 0.0)]
+    hp = module.settings
+    subject = Subject(
+        target=str(hp.target),
+        head=str(record.directory / "head"),
+        revision=hp.revision,
+        dtype=hp.dtype,
+        device=target.device.type,
+        init_seed=hp.seed,
+    )
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, transient=True) as progress:
+        task = progress.add_task("decoding held-out prompts", total=len(prompts) * len(arms))
+        found = evaluate(
+            subject,
+            arms,
+            prompts,
+            final.max_new_tokens,
+            seed=hp.seed,
+            on_progress=lambda arm, done: progress.update(task, advance=done, description=f"decoding: {arm.drafter}"),
+        )
+    record.results["final"] = [_figures(result) for result in found.values()]
+    record.results["prompts"], record.results["max_new_tokens"] = final.prompts, final.max_new_tokens
+    if greedy in found:
+        same, ties, wrong = losslessness(target, prompts, found[greedy], found[Arm("plain", 0.0)])
+        head = load_head(record.directory / "head", target)
+        differing, tied = drift_count(target, head, prompts, found[greedy])
+        record.results["lossless"] = {"identical": same, "ties": ties, "mismatches": wrong}
+        record.results["drift"] = {"differing_flags": differing, "ties": tied}
+        record.results["versus"] = {
+            arm.drafter: {
+                "difference": _acceptance(found[greedy]) - _acceptance(found[arm]),
+                "interval": bootstrap_difference(found[greedy].generations, found[arm].generations),
+            }
+            for arm in arms
+            if arm.drafter in ("untrained head", "prompt lookup")
+        }
+        if wrong or differing - tied:
+            raise BrokenInvariantError(
+                f"final decoding: {wrong} of {len(prompts)} prompts differ from plain decoding, {differing - tied} "
+                f"flags from the training view; see {record.directory / 'run.json'}"
+            )
+
+
+def _figures(result: Result) -> dict[str, Any]:
+    pooled = result.pooled
+    return {
+        "drafter": result.arm.drafter,
+        "temperature": result.arm.temperature,
+        **asdict(pooled),
+        "acceptance": pooled.acceptance,
+        "acceptance_interval": bootstrap_difference(result.generations) if pooled.drafts_verified else None,
+        "theoretical_speedup": pooled.theoretical_speedup if pooled.drafts_verified else None,
+        "accepted_per_restart": pooled.accepted_per_restart,
+        "seconds": round(result.seconds, 2),
+        "by_fill": acceptance_by_fill(result.generations) if pooled.drafts_verified else [],
+    }
+
+
+def acceptance_by_fill(generations: Sequence[Any]) -> list[dict[str, float]]:
+    """Real acceptance by the number of tokens in flight when the draft was made."""
+    counts: dict[int, list[int]] = {}
+    for g in generations:
+        since = 0
+        for accepted in g.accepted_flags:
+            since += 1
+            row = counts.setdefault(min(since, g.num_stages), [0, 0])
+            row[0] += 1
+            row[1] += accepted
+            since = since if accepted else 0
+    return [{"fill": f, "count": n, "top1": a / n} for f, (n, a) in sorted(counts.items())]
+
+
+def _plots(record: RunRecord, module: SpdModule, data: SpdDataModule) -> None:
+    from spd_lightning.report.plots import plot_acceptance_by_fill, plot_occupancy, plot_training
+
+    folder = record.directory / "plots"
+    folder.mkdir(exist_ok=True)
+    plot_training(record.directory / "metrics.jsonl", folder / "training.png")
+    greedy = next((r for r in record.results["final"] if r["drafter"] == "trained head"), None)
+    plot_acceptance_by_fill(
+        module.teacher_forced_by_fill, folder / "acceptance_by_fill.png", decoded=greedy["by_fill"] if greedy else None
+    )
+    target, _ = module.parts()
+    head = load_head(record.directory / "head", target)
+    events: list[CycleEvent] = []
+    SpdDecoder(target, head).generate(data.prompts(1)[0], 48, observer=events.append)
+    plot_occupancy(events, head.staircase.num_stages, folder / "occupancy.png")
+
+
+def _acceptance(result: Result) -> float:
+    return result.pooled.acceptance or 0.0
+
+
+def _plain(config: Any) -> Any:
+    """A jsonargparse namespace as plain dicts and lists."""
+    if hasattr(config, "as_dict"):
+        return _plain(config.as_dict())
+    if isinstance(config, dict):
+        return {key: _plain(value) for key, value in config.items()}
+    if isinstance(config, (list, tuple)):
+        return [_plain(value) for value in config]
+    return config
+
+
+def _commit() -> str | None:
+    """Commit of the source tree, `+` appended if it has changes; None outside a checkout."""
+    root = Path(__file__).resolve().parent
+    options: dict[str, Any] = {"cwd": root, "capture_output": True, "text": True, "timeout": 10}
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], **options)
+        dirty = subprocess.run(["git", "status", "--porcelain"], **options)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "") if head.returncode == 0 else None
+
+
+def _versions() -> dict[str, str]:
+    found = {name: version(name) for name in _PACKAGES}
+    return {"python": platform.python_version(), "cores": str(os.cpu_count()), **found}

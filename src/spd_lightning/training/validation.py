@@ -1,0 +1,149 @@
+"""DecodingValidation: every validation runs the ACTUAL decoder on held-out prompts.
+
+The loss says how close two distributions are; what counts is how many drafts a real pipeline accepts. So acceptance
+and theoretical speedup are measured by decoding, losslessness is checked token by token against plain decoding, and
+the decoder's own output is re-scored by the training view (drift check). The engine runs its stages one after another,
+therefore its seconds are simulated time and are never called a speedup.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from tqdm import tqdm
+
+from spd_lightning.decoding.checks import Divergence, drift, lossless_divergence
+from spd_lightning.decoding.decoder import SpdDecoder, autoregressive_generate
+from spd_lightning.decoding.generation import Generation
+from spd_lightning.errors import InputError
+from spd_lightning.head.module import SpeculationHead
+from spd_lightning.target.target import Target
+from spd_lightning.training.data import SpdDataModule
+
+#: Counts that ranks add up before any ratio is taken, in this order.
+COUNTS = ("prompts", "new_tokens", "cycles", "verified", "accepted", "mismatches", "ties", "drift", "drift_ties")
+
+
+class BrokenInvariantError(RuntimeError):
+    """Real decoding contradicted plain decoding or the training view: a bug, never a matter of training."""
+
+
+class DecodingValidation(L.Callback):
+    """Decodes held-out prompts at every validation and logs val/acceptance, val/theoretical_speedup, val/lossless.
+
+    Args:
+        prompts: held-out prompts per validation, shared out among ranks.
+        max_new_tokens: new tokens per prompt.
+        directory: where a checkpoint is saved before the run is failed; default: the trainer's root directory.
+    """
+
+    def __init__(self, prompts: int = 16, max_new_tokens: int = 64, directory: str | None = None) -> None:
+        for name, value, least in (("prompts", prompts, 1), ("max_new_tokens", max_new_tokens, 2)):
+            if value < least:
+                raise InputError(f"decoding.{name}={value}: expected at least {least}.")
+        self.prompts, self.max_new_tokens, self.directory = prompts, max_new_tokens, directory
+        self.reference: dict[tuple[int, ...], Generation] = {}
+        self.spent, self.began = 0.0, time.perf_counter()
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self.began = time.perf_counter()
+
+    @torch.no_grad()
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if trainer.sanity_checking:
+            return
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        assert isinstance(data, SpdDataModule)
+        target, head = pl_module.parts()
+        began = time.perf_counter()
+        mine = data.prompts(self.prompts)[trainer.global_rank :: trainer.world_size]
+        counts, bad = self.measure(target, head, mine)
+        totals = dict(zip(COUNTS, trainer.strategy.reduce(counts, reduce_op="sum").tolist(), strict=True))
+        self.spent += time.perf_counter() - began
+        self._log(pl_module, totals, head.staircase.num_stages, time.perf_counter() - began)
+        if totals["mismatches"] - totals["ties"] or totals["drift"] - totals["drift_ties"]:
+            self._fail(trainer, bad)
+
+    def measure(
+        self, target: Target, head: SpeculationHead, prompts: Sequence[list[int]]
+    ) -> tuple[torch.Tensor, list[str]]:
+        """Counts (in the order of COUNTS) over some prompts, and a line per broken invariant."""
+        was_training = head.training
+        head.eval()
+        decoder = SpdDecoder(target, head)
+        counts = torch.zeros(len(COUNTS), dtype=torch.float64, device=target.device)
+        bad: list[str] = []
+        for number, prompt in enumerate(tqdm(prompts, "real decoding", leave=False, unit="prompt")):
+            found = decoder.generate(prompt, self.max_new_tokens)
+            divergence = lossless_divergence(target, prompt, found, self._plain(target, prompt))
+            drifted = drift(target, head, prompt, found)
+            ties = [d for d in drifted if d.tie]
+            counts += torch.tensor(
+                [
+                    1,
+                    len(found.token_ids),
+                    found.cycles,
+                    found.drafts_verified,
+                    found.drafts_accepted,
+                    divergence is not None,
+                    divergence is not None and divergence.tie,
+                    len(drifted),
+                    len(ties),
+                ],
+                dtype=torch.float64,
+                device=counts.device,
+            )
+            bad += _complaints(number, divergence, drifted)
+        head.train(was_training)
+        return counts, bad
+
+    def _plain(self, target: Target, prompt: list[int]) -> Generation:
+        """Plain decoding of a prompt; the target is frozen, so once per run is enough."""
+        key = tuple(prompt)
+        if key not in self.reference:
+            self.reference[key] = autoregressive_generate(target, prompt, self.max_new_tokens)
+        return self.reference[key]
+
+    def _log(self, module: L.LightningModule, totals: dict[str, float], num_stages: int, seconds: float) -> None:
+        verified, cycles = totals["verified"], totals["cycles"]
+        values = {
+            "acceptance": totals["accepted"] / verified if verified else 0.0,
+            "theoretical_speedup": num_stages * verified / cycles if cycles else 0.0,
+            "lossless": float(totals["mismatches"] == totals["ties"]),
+            "ties": totals["ties"] + totals["drift_ties"],
+            "drift": totals["drift"] - totals["drift_ties"],
+            "cycles": cycles,
+            "decoded_tokens": totals["new_tokens"],
+            "decoding_seconds_simulated": seconds,
+            "decoding_share_of_time": self.spent / max(time.perf_counter() - self.began, 1e-9),
+        }
+        # counts are reduced already, so every rank logs the same numbers
+        for name, value in values.items():
+            module.log(f"val/{name}", value, prog_bar=name in ("acceptance", "theoretical_speedup"), sync_dist=False)
+
+    def _fail(self, trainer: L.Trainer, bad: list[str]) -> None:
+        where = Path(self.directory or trainer.default_root_dir) / "broken_invariant.ckpt"
+        trainer.save_checkpoint(where)
+        detail = bad[0] if bad else "on another rank"
+        raise BrokenInvariantError(f"{detail}. {max(len(bad), 1)} in all; the state was saved to {where}.")
+
+
+def _complaints(number: int, divergence: Divergence | None, drifted: Sequence[Divergence]) -> list[str]:
+    lines = []
+    if divergence is not None and not divergence.tie:
+        lines.append(
+            f"Not lossless: prompt {number}, new token {divergence.position} is {divergence.found}, plain decoding "
+            f"gives {divergence.expected} (relative logit gap {divergence.gap:.1e}, no tie)"
+        )
+    lines += [
+        f"Drift: prompt {number}, new token {d.position}: decoder and training view disagree whether its draft was "
+        f"right (relative logit gap {d.gap:.1e}, no tie)"
+        for d in drifted
+        if not d.tie
+    ]
+    return lines
