@@ -193,7 +193,8 @@ def test_every_recipe_parses(name, capsys):
 
 def test_later_configs_and_dotted_arguments_win_and_interpolations_follow(parsed, tmp_path):
     (tmp_path / "b.yaml").write_text("model:\n  num_stages: 8\ndata:\n  batch_size: 3\n")
-    assert cli.main("fit --config a.yaml --config b.yaml --model.target other --data.batch_size 7".split()) == 0
+    overrides = ["--model.target", "other", "--data.batch_size", "7"]
+    assert cli.main(["fit", "--config", "a.yaml", "--config", "b.yaml", *overrides]) == 0
     (found,) = parsed
     assert (found.model.target, found.model.num_stages) == ("other", 8)
     assert (found.datamodule.tokenizer, found.datamodule.batch_size) == ("other", 7)
@@ -203,7 +204,7 @@ def test_later_configs_and_dotted_arguments_win_and_interpolations_follow(parsed
 
 
 def test_the_callback_of_real_decoding_is_attached_and_the_data_module_shards_itself(parsed):
-    assert cli.main("fit --config a.yaml --decoding.prompts 9".split()) == 0
+    assert cli.main(["fit", "--config", "a.yaml", "--decoding.prompts", "9"]) == 0
     callbacks: list[Any] = parsed[0].trainer.callbacks
     assert [c.prompts for c in callbacks if isinstance(c, Decoding)] == [9]
     assert parsed[0].config.trainer.use_distributed_sampler is False

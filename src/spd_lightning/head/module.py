@@ -42,11 +42,14 @@ class SelfAttention(nn.Module):
 
     def query(self, x: Tensor, rotary: Rotary) -> Tensor:
         """[..., H] -> [..., N, D]."""
-        return rotate(self.q_norm(self._heads(self.q_proj(x))), rotary)
+        projected = self._heads(self.q_proj(x))
+        # norm and rotation run in float32 under autocast; attention kernels want the projections' own dtype
+        return rotate(self.q_norm(projected), rotary).to(projected.dtype)
 
     def key_value(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
         """[..., H] -> two [..., K, D]."""
-        return rotate(self.k_norm(self._heads(self.k_proj(x))), rotary), self._heads(self.v_proj(x))
+        projected = self._heads(self.k_proj(x))
+        return rotate(self.k_norm(projected), rotary).to(projected.dtype), self._heads(self.v_proj(x))
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim))
@@ -201,7 +204,7 @@ class SpeculationHead(nn.Module):
 
     @torch.no_grad()
     def prefill(self, states: Sequence[Tensor], cache: HeadCache, rotary: Rotary) -> None:
-        """Rows of a finished prompt: one causal pass over deepest rows, keys and values kept. states: [1, P, H] each."""
+        """Rows of a finished prompt, states [1, P, H] each: one causal pass over deepest rows, keys and values kept."""
         deepest = self.staircase.reachable_blocks[-1]
         x = self.aggregation[deepest](torch.cat(list(states[: deepest + 1]), dim=-1))[0]
         P = x.shape[0]
@@ -236,7 +239,7 @@ class SpeculationHead(nn.Module):
         Returns:
             [H], the last layer's output of the newest position's row; [R, H] with `all_rows`.
         """
-        x = torch.stack([self.aggregation[k](kept[position][: k + 1].flatten()) for k, position in rows])
+        x = torch.stack([self.aggregation[k](kept[position][: k + 1].flatten().to(self.dtype)) for k, position in rows])
         positions = torch.tensor([position for _, position in rows], device=x.device)
         length = int(max(position for _, position in rows)) + 1
         mask = torch.arange(length, device=x.device)[None] <= positions[:, None]

@@ -275,18 +275,20 @@ def _strip(
     text: Callable[[int], str] | None,
 ) -> None:
     """One row of cycles; stage 1 on top, a token moves one cell right and down per cycle."""
-    from matplotlib.patches import Rectangle
+    from matplotlib.colors import ListedColormap
 
-    for column, stages in enumerate(strip):
-        for stage, (fate, token) in enumerate(stages):
-            box = Rectangle((column + 0.04, stage + 0.05), 0.92, 0.9, fc=FATES[fate][0], ec="none")
-            axes.add_patch(box)
-            if text is not None and token is not None:
-                ink = "white" if fate in ("accepted", "rejected") else INK
-                axes.text(
-                    column + 0.5, stage + 0.52, _label(text(token)), ha="center", va="center", fontsize=6.5,
-                    color=ink, parse_math=False,
-                )  # fmt: skip
+    number = {fate: index for index, fate in enumerate(FATES)}
+    cells = [[number[column[stage][0]] for column in strip] for stage in range(num_stages)]
+    if strip:
+        colors = ListedColormap([color for color, _ in FATES.values()])
+        axes.pcolormesh(cells, cmap=colors, vmin=-0.5, vmax=len(FATES) - 0.5, edgecolors="white", linewidth=2)
+    labels = [(x, y, *cell) for x, column in enumerate(strip) for y, cell in enumerate(column) if cell[1] is not None]
+    for x, y, fate, token in labels if text is not None else []:
+        assert text is not None and token is not None
+        ink = "white" if fate in ("accepted", "rejected") else INK
+        axes.text(
+            x + 0.5, y + 0.52, _label(text(token)), ha="center", va="center", fontsize=6.5, color=ink, parse_math=False
+        )
     axes.set_xlim(0, columns)
     axes.set_ylim(num_stages, 0)
     ticks = [c for c in range(columns) if (first + c) % 5 == 0]

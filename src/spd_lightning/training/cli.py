@@ -11,11 +11,13 @@ from __future__ import annotations
 import argparse
 import logging
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -49,6 +51,7 @@ class SpdCLI(LightningCLI):
             save_config_callback=None,
             seed_everything_default=0,
             auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,  # hyperparameters are what the classes were given, nothing else
             # the data module shards and orders its samples itself; Lightning's sampler would shuffle them again
             # and real decoding draws its own bar below Lightning's, which rich's live display would garble
             trainer_defaults={"use_distributed_sampler": False, "callbacks": [TQDMProgressBar()]},
@@ -82,8 +85,13 @@ class SpdCLI(LightningCLI):
             super()._set_seed()
 
     def instantiate_classes(self) -> None:
-        if not self.fields_only:
-            super().instantiate_classes()
+        if self.fields_only:
+            return
+        assert self.config is not None
+        if self.config["trainer.precision"] is None:
+            # float32 master weights under bfloat16 arithmetic where a GPU does the work, plain float32 on a CPU
+            self.config["trainer.precision"] = "bf16-mixed" if self._uses_gpu() else "32-true"
+        super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         try:
@@ -93,6 +101,11 @@ class SpdCLI(LightningCLI):
         except (MisconfigurationException, ValueError, TypeError, ModuleNotFoundError) as error:
             # Lightning checks combinations (accelerator, strategy, precision, ...) when it builds the trainer
             raise InputError(f"trainer: {shorten(str(error))}") from error
+
+    def _uses_gpu(self) -> bool:
+        assert self.config is not None
+        wanted = self.config["trainer.accelerator"]
+        return wanted in ("gpu", "cuda") or (wanted == "auto" and torch.cuda.is_available())
 
     @property
     def known_keys(self) -> list[str]:
@@ -115,6 +128,7 @@ def project_classes() -> Classes:
 
 def run(command: str, arguments: Sequence[str], files: Sequence[Path]) -> int:
     """Parse, then hand over to `spd_lightning.training.run`."""
+    _quiet()
     cli = parse(f"spd-lightning {command}", arguments, files, project_classes())
     from spd_lightning.training import run as runs
 
@@ -127,6 +141,18 @@ def run(command: str, arguments: Sequence[str], files: Sequence[Path]) -> int:
             raise KeyboardInterrupt from None
         raise
     return 0
+
+
+def _quiet() -> None:
+    """Keep the output readable: no device inventory, no loading bars, no warnings about the frozen part."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    # the target's modules are in eval mode on purpose, and the small data sets here need no worker processes
+    for message in ("Found .* module.* in eval mode", ".*does not have many workers", ".*LeafSpec.*is deprecated"):
+        warnings.filterwarnings("ignore", message)
 
 
 def parse(prog: str, arguments: Sequence[str], files: Sequence[Path], classes: Classes) -> SpdCLI:

@@ -30,13 +30,14 @@ class DraftStatistics(Metric):
         """Ratios over all fills: top1 (acceptance at T=0), alpha (acceptance at T=1), hit2, hit4, miss, kl."""
         return _ratios(self.table.sum(0))
 
-    def by_fill(self) -> list[dict[str, float]]:
-        """One entry per fill that occurred: {"fill", "count", "top1", ...}."""
-        return [
-            {"fill": fill, "count": float(row[0])} | {name: float(x) for name, x in _ratios(row).items()}
-            for fill, row in enumerate(self.table)
-            if row[0] > 0
-        ]
+
+def by_fill(table: Tensor) -> list[dict[str, float]]:
+    """One entry per fill that occurred: {"fill", "count", "top1", ...}."""
+    return [
+        {"fill": fill, "count": float(row[0])} | {name: float(x) for name, x in _ratios(row).items()}
+        for fill, row in enumerate(table)
+        if row[0] > 0
+    ]
 
 
 def _ratios(sums: Tensor) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from spd_lightning.target.loading import check_target, load_target
 from spd_lightning.target.target import Target
 from spd_lightning.training.data import Batch, supervised_positions
 from spd_lightning.training.losses import chunked_draft_kl
-from spd_lightning.training.metrics import DraftStatistics
+from spd_lightning.training.metrics import DraftStatistics, by_fill
 
 
 class SpdModule(L.LightningModule):
@@ -106,7 +106,7 @@ class SpdModule(L.LightningModule):
             return
         hp = self.settings
         staircase = self.check()
-        device = torch.device("cuda") if self.on_gpu else torch.device("cpu")
+        device = self._trainer.strategy.root_device if self._trainer is not None else torch.device("cpu")
         self.target = load_target(
             hp.target, stage_layers=staircase.stage_layers, dtype=hp.dtype, device=device, revision=hp.revision
         )
@@ -116,11 +116,6 @@ class SpdModule(L.LightningModule):
         self.head = new_head(self.target, hp.num_layers, staircase.anchors, ids, hp.seed)
         self.train_statistics = DraftStatistics(staircase.num_stages)
         self.val_statistics = DraftStatistics(staircase.num_stages)
-
-    @property
-    def on_gpu(self) -> bool:
-        trainer = self._trainer
-        return trainer is not None and trainer.strategy.root_device.type == "cuda"
 
     def parts(self) -> tuple[Target, SpeculationHead]:
         """Target and head, once `configure_model` has run."""
@@ -162,9 +157,13 @@ class SpdModule(L.LightningModule):
         self.log("tokens", float(self.tokens_seen))
         if due:
             self.train_statistics.update(table)
+        return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        # the optimizer step that was due is over: all its micro-batches (and ranks) are in the sums
+        if self.train_statistics.update_called and self.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self.log_dict({f"train/{name}": x for name, x in self.train_statistics.compute().items()})
             self.train_statistics.reset()
-        return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         _, table = self.loss(batch, epoch=0, statistics=True)
@@ -172,9 +171,12 @@ class SpdModule(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         # sums over all batches and ranks first, ratios last
-        self.teacher_forced_by_fill = self.val_statistics.by_fill() if self.trainer.world_size == 1 else []
         for name, value in self.val_statistics.compute().items():
             self.log(f"val/teacher_forced_{name}", value)
+        table = self.trainer.strategy.reduce(self.val_statistics.table, reduce_op="sum")
+        self.teacher_forced_by_fill = by_fill(table)
+        for row in self.teacher_forced_by_fill:
+            self.log(f"val/teacher_forced_top1_fill{row['fill']:.0f}", row["top1"])
         self.log("tokens", float(self.tokens_seen))
         self.val_statistics.reset()
 

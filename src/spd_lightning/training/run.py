@@ -13,13 +13,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import platform
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -30,6 +28,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_only
 
 from spd_lightning.decoding.decoder import CycleEvent, SpdDecoder
 from spd_lightning.decoding.evaluation import (
@@ -48,6 +47,7 @@ from spd_lightning.training.loggers import JsonLinesLogger
 from spd_lightning.training.module import SpdModule
 from spd_lightning.training.validation import BrokenInvariantError, DecodingValidation
 
+_RUN_DIRECTORY = "SPD_RUN_DIRECTORY"
 _PACKAGES = ("torch", "lightning", "transformers", "datasets", "spd_lightning")
 
 
@@ -81,6 +81,7 @@ class RunRecord:
     results: dict[str, Any] = field(default_factory=dict)
     status: str = "running"
 
+    @rank_zero_only
     def save(self) -> None:
         content = asdict(self) | {"directory": self.directory.name, "commit": _commit(), "versions": _versions()}
         content["config"] = self.config
@@ -101,13 +102,14 @@ class RunRecord:
 
 def fit(cli: Any) -> Path:
     """The main job: check, train with real decoding in every validation, evaluate, report."""
-    _quiet()
     module, data, trainer = cli.model, cli.datamodule, cli.trainer
     final = FinalEvaluation(**_plain(cli.config["final"]))
     staircase = module.check()
     directory = new_run_directory(Path(cli.config["run_dir"]))
     record = RunRecord(directory, _plain(cli.config))
     record.save()
+    if trainer.is_global_zero:
+        (directory / "config.yaml").write_text(cli.parser.dump(cli.config))
     try:
         with record.phase("load data and target"):
             data.setup("fit")
@@ -131,8 +133,7 @@ def fit(cli: Any) -> Path:
         record.status = f"failed: {type(error).__name__}: {error}"
         raise
     finally:
-        if trainer.is_global_zero:
-            record.save()
+        record.save()
     from spd_lightning.report.summary import print_summary
 
     if trainer.is_global_zero:
@@ -142,14 +143,24 @@ def fit(cli: Any) -> Path:
 
 def validate(cli: Any) -> list[Any]:
     """Teacher-forced metrics and real decoding of a checkpoint (or of the untrained head), without training."""
-    _quiet()
     module, data, trainer = cli.model, cli.datamodule, cli.trainer
     module.check()
     return trainer.validate(module, datamodule=data, ckpt_path=cli.config.get("ckpt_path"))
 
 
 def new_run_directory(wanted: Path) -> Path:
-    """`wanted`, or `wanted-2`, `wanted-3`, ... where it holds a run already: a run never overwrites another."""
+    """`wanted`, or `wanted-2`, `wanted-3`, ... where it holds a run already: a run never overwrites another.
+
+    Only the first process of a run creates it; the others write nothing and get what it was called, if they know.
+    """
+    if rank_zero_only.rank:
+        return Path(os.environ.get(_RUN_DIRECTORY, wanted))
+    path = _first_free(wanted)
+    os.environ[_RUN_DIRECTORY] = str(path)  # for the processes that a launcher starts from this one
+    return path
+
+
+def _first_free(wanted: Path) -> Path:
     number, path = 1, wanted
     while True:
         try:
@@ -181,17 +192,6 @@ def fingerprint(data: SpdDataModule) -> dict[str, Any]:
 
 
 # -- pieces of fit -----------------------------------------------------------------------------------------------------
-
-
-def _quiet() -> None:
-    """Keep the output readable: no device inventory, no loading bars, no warnings about the frozen part."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    # the target's modules are in eval mode on purpose, and the small data sets here need no worker processes
-    for message in ("Found .* module.* in eval mode", ".*does not have many workers", ".*LeafSpec.*is deprecated"):
-        warnings.filterwarnings("ignore", message)
 
 
 def _attach(trainer: L.Trainer, directory: Path) -> None:
@@ -332,7 +332,8 @@ def _plots(record: RunRecord, module: SpdModule, data: SpdDataModule) -> None:
     head = load_head(record.directory / "head", target)
     events: list[CycleEvent] = []
     SpdDecoder(target, head).generate(data.prompts(1)[0], 48, observer=events.append)
-    plot_occupancy(events, head.staircase.num_stages, folder / "occupancy.png")
+    decode = data.encoder.tokenizer.decode
+    plot_occupancy(events, head.staircase.num_stages, folder / "occupancy.png", text=lambda token: decode([token]))
 
 
 def _acceptance(result: Result) -> float:

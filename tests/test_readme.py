@@ -1,0 +1,68 @@
+"""README is the front door: its figures come from the record, its files exist, its commands parse."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def first_run() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("first_run", ROOT / "benchmarks" / "first_run.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_table_is_the_one_that_the_record_gives(first_run: ModuleType) -> None:
+    record = json.loads(first_run.RECORD.read_text())
+    assert first_run.table(record) in README
+
+
+def test_the_record_is_of_a_finished_lossless_run_with_at_least_50_prompts_of_64_tokens(first_run: ModuleType) -> None:
+    record = json.loads(first_run.RECORD.read_text())
+    results = record["results"]
+    assert record["status"] == "finished"
+    assert results["prompts"] >= 50 and results["max_new_tokens"] == 64
+    assert results["lossless"]["mismatches"] == 0
+    for versus in results["versus"].values():
+        assert versus["difference"] >= 0.15 and versus["interval"][0] > 0.10
+
+
+def test_every_file_that_it_links_to_exists() -> None:
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_the_two_commands_are_targets_of_the_makefile() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in ("fit", "test"):
+        assert f"make {target}" in README
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE)
+
+
+def test_the_python_example_uses_public_names() -> None:
+    import spd_lightning
+
+    example = README.split("```python")[1].split("```")[0]
+    names = re.search(r"from spd_lightning import (.+)", example)
+    assert names is not None
+    for name in names[1].split(", "):
+        assert hasattr(spd_lightning, name)
+    compile(example, "README.md", "exec")
+
+
+def test_every_recipe_that_it_names_exists() -> None:
+    for name in re.findall(r"--config (\w+)(?!\S*\.yaml)", README):
+        if not name.startswith("my_"):
+            assert (ROOT / "recipes" / f"{name}.yaml").is_file()
