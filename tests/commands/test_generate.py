@@ -301,6 +301,20 @@ def test_an_interactive_session_ends_cleanly(arguments, capsys, monkeypatch, end
     assert "Ctrl-D ends" in found and "Traceback" not in found
 
 
+def test_ctrl_c_while_decoding_ends_the_line_and_the_program(arguments, capsys, monkeypatch):
+    seen: list[CycleEvent] = []
+
+    def interrupt(self: TextStream, event: CycleEvent) -> None:
+        seen.append(event)
+        if len(seen) == 9:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(TextStream, "_track", interrupt)
+    assert cli.main([*arguments, "--prompt", "the list"]) == 130
+    found = capsys.readouterr()
+    assert found.out.endswith("\n") and found.err.strip() == "interrupted"
+
+
 @pytest.mark.parametrize(
     ("change", "expected"),
     [

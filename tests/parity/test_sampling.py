@@ -209,6 +209,7 @@ def test_three_sampled_tokens_follow_the_targets_joint_law(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("kind", "name", "num_stages"), LONG)
 def test_three_sampled_tokens_follow_the_targets_joint_law_over_20000_draws(
     make_target: Callable[..., Target], kind: str, name: str, num_stages: int

@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import os
 import random
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-# Read when `datasets` is imported: its cache must not end up in the user's home.
-os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 Conversation = list[dict[str, str]]
 
@@ -26,10 +24,10 @@ TAGGED = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
-WORDS = "the a file opens path reads line returns value of in to and module writes list is set name type".split()
+WORDS = ["the", "a", "file", "opens", "path", "reads", "line", "returns", "value", "of", "in", "to", "module", "list"]
 
 
-def conversations(count: int, seed: int, turns: Sequence[int] = (1, 2), words: int = 12) -> list[Conversation]:
+def _conversations(count: int, seed: int, turns: Sequence[int] = (1, 2), words: int = 12) -> list[Conversation]:
     """Random conversations of one or two rounds, some with a system message."""
     draw = random.Random(seed)
 
@@ -45,12 +43,12 @@ def conversations(count: int, seed: int, turns: Sequence[int] = (1, 2), words: i
     return made
 
 
-def write_lines(path: Path, rows: Iterable[Any]) -> Path:
+def _write_lines(path: Path, rows: Iterable[Any]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
-def build_tokenizer(chat_template: str | None = TAGGED, vocab: int = 300) -> Any:
+def _build_tokenizer(chat_template: str | None = TAGGED, vocab: int = 300) -> Any:
     """A byte-level BPE tokenizer, so that any text survives, with a few merges and the special tokens in front."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -70,21 +68,39 @@ def build_tokenizer(chat_template: str | None = TAGGED, vocab: int = 300) -> Any
     return tokenizer
 
 
+@pytest.fixture(scope="session", autouse=True)
+def datasets_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What `datasets` caches belongs to the session, not to the user's home; subprocesses inherit it."""
+    os.environ["HF_DATASETS_CACHE"] = str(tmp_path_factory.mktemp("datasets"))
+    if "datasets" in sys.modules:
+        sys.modules["datasets"].config.HF_DATASETS_CACHE = os.environ["HF_DATASETS_CACHE"]
+
+
+@pytest.fixture(scope="session")
+def make_conversations() -> Callable[..., list[Conversation]]:
+    """The factory of random conversations, see `_conversations`."""
+    return _conversations
+
+
+@pytest.fixture(scope="session")
+def write_lines() -> Callable[[Path, Iterable[Any]], Path]:
+    """Writes rows as JSON lines and returns the path."""
+    return _write_lines
+
+
 @pytest.fixture(scope="session")
 def make_tokenizer() -> Callable[..., Any]:
-    """The factory of tiny tokenizers, see `build_tokenizer`."""
-    return build_tokenizer
+    """The factory of tiny tokenizers, see `_build_tokenizer`."""
+    return _build_tokenizer
 
 
 @pytest.fixture(scope="session")
-def make_model(
-    tmp_path_factory: pytest.TempPathFactory, make_target: Callable[..., Any]
-) -> Callable[..., Path]:
+def make_model(tmp_path_factory: pytest.TempPathFactory, make_target: Callable[..., Any]) -> Callable[..., Path]:
     """Writes a tiny random llama with its tokenizer to a folder; arguments as in `make_target`."""
 
     def make(change: Callable[[Any], None] | None = None, **options: Any) -> Path:
         folder = tmp_path_factory.mktemp("target")
-        tokenizer = build_tokenizer()
+        tokenizer = _build_tokenizer()
         settings: dict[str, Any] = {"num_layers": 4, "vocab": len(tokenizer), "eos_token_id": SPECIAL.index("<|end|>")}
         model = make_target(**(settings | options)).model
         if change is not None:
@@ -107,6 +123,6 @@ def data_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """40 training and 14 held-out conversations."""
     folder = tmp_path_factory.mktemp("data")
     return {
-        "train": str(write_lines(folder / "train.jsonl", ({"messages": m} for m in conversations(40, 0)))),
-        "validation": str(write_lines(folder / "validation.jsonl", ({"messages": m} for m in conversations(14, 1)))),
+        "train": str(_write_lines(folder / "train.jsonl", ({"messages": m} for m in _conversations(40, 0)))),
+        "validation": str(_write_lines(folder / "validation.jsonl", ({"messages": m} for m in _conversations(14, 1)))),
     }

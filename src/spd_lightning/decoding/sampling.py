@@ -44,7 +44,8 @@ class Sampling:
 
     def law(self, logits: Tensor) -> Tensor:
         """Probabilities [V], float64 on the CPU, of one token's logits [V]."""
-        scaled = logits.detach().double().cpu() / self.temperature
+        exact = logits.detach().double().cpu()
+        scaled = (exact - exact.max()) / self.temperature  # at most 0, so no temperature overflows
         if 0 < self.top_k < scaled.numel():
             kept = torch.full_like(scaled, -torch.inf)
             values, indices = scaled.topk(self.top_k)

@@ -130,7 +130,9 @@ class _StaircaseAttention(torch.autograd.Function):
         rows_key, rows_value = (x.reshape(-1, K, 1, D) for x in (key, value))
         kind = total.dtype
         grad_query = torch.zeros_like(query, dtype=kind)
-        grad_key, grad_value = (torch.zeros_like(x, dtype=kind, memory_format=torch.contiguous_format) for x in (key, value))
+        grad_key, grad_value = (
+            torch.zeros_like(x, dtype=kind, memory_format=torch.contiguous_format) for x in (key, value)
+        )
         grad_rows_key, grad_rows_value = (x.view(-1, K, D) for x in (grad_key, grad_value))
         delta = (grad.to(kind) * out.to(kind)).sum(-1)  # [B, r, S, N]
         for r, block in enumerate(blocks):

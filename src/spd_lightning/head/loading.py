@@ -70,10 +70,11 @@ def new_head(
     Raises:
         InputError: for anchors or a draft vocabulary that do not fit the target.
     """
-    head = SpeculationHead(head_config(target, num_layers, anchors, draft_token_ids))
     random = torch.Generator().manual_seed(seed)
     std = getattr(target.config, "initializer_range", 0.02)
-    with torch.no_grad():
+    # on the CPU, so that a seed gives the same head everywhere: Lightning sets the accelerator as default device
+    with torch.no_grad(), torch.device("cpu"):
+        head = SpeculationHead(head_config(target, num_layers, anchors, draft_token_ids))
         for module in head.layers.modules():
             if isinstance(module, torch.nn.Linear):
                 module.weight.normal_(0, std, generator=random)

@@ -9,7 +9,7 @@ V_d draft vocabulary, P prompt tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -276,9 +276,23 @@ def _attend(
     return out[0].transpose(0, 1)
 
 
-def _rotary_embedding(config: HeadConfig) -> nn.Module:
-    """Hugging Face's rotary embedding (all RoPE scalings of the Llama family) from the head's own config."""
-    return LlamaRotaryEmbedding(
+class HeadRotary(LlamaRotaryEmbedding):
+    """Hugging Face's rotary embedding (all RoPE scalings of the Llama family), float32 in a head of any dtype.
+
+    Eight bits of a frequency turn far positions by whole radians, which no head was trained on.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HeadRotary:
+        kept = dict(self.named_buffers())
+        super()._apply(fn, recurse)
+        for name, buffer in kept.items():
+            setattr(self, name, buffer.to(getattr(self, name).device))
+        return self
+
+
+def _rotary_embedding(config: HeadConfig) -> HeadRotary:
+    """The rotary embedding of the head's own config."""
+    return HeadRotary(
         LlamaConfig(
             hidden_size=config.hidden_size,
             num_attention_heads=config.num_attention_heads,

@@ -145,7 +145,7 @@ def plot_acceptance_by_fill(teacher_forced: Sequence[Row], out: Path, decoded: S
         for row in rows:
             _bar_labels(axes, row["fill"] + offset, row, compact=len(fills) * len(shown) > 10)
     _dress(axes, "Acceptance by tokens in flight: a fuller pipeline hands the head shallower features", "acceptance p")
-    axes.set_xlabel("fill: tokens in flight when the draft was made (number of drafts inside the bars)")
+    axes.set_xlabel("fill: tokens in flight when the draft was made (upright: number of drafts)")
     axes.set_ylim(0, 1.18)
     axes.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1.0])
     axes.grid(False, axis="x")
@@ -163,9 +163,11 @@ def _bar_labels(axes: Axes, x: float, row: Row, compact: bool) -> None:
     axes.annotate(
         value, (x, row["top1"]), xytext=(0, 2), textcoords="offset points", ha="center", fontsize=size, color=INK
     )
+    inside = row["top1"] > 0.12
     axes.annotate(
-        _count(row["count"]), (x, 0), xytext=(0, 4), textcoords="offset points",
-        ha="center", va="bottom", fontsize=size, color="white", rotation=90,
+        _count(row["count"]), (x, 0 if inside else row["top1"]), xytext=(0, 4 if inside else 11),
+        textcoords="offset points", ha="center", va="bottom", fontsize=size, rotation=90,
+        color="white" if inside else "#8a9299",
     )  # fmt: skip
 
 

@@ -11,10 +11,7 @@ from transformers import PretrainedConfig
 
 from spd_lightning.errors import InputError
 from spd_lightning.staircase import resolve_stage_layers
-from spd_lightning.target.target import Target
-
-#: Families whose decoder layers run one by one under the plain causal rules of `Target`.
-SUPPORTED_MODEL_TYPES = ("llama", "qwen3")
+from spd_lightning.target.target import Target, unsupported_reason
 
 
 def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
@@ -88,11 +85,8 @@ def check_target(path_or_id: str | Path, revision: str | None = None) -> Pretrai
         config = AutoConfig.from_pretrained(source, revision=revision)
     except (OSError, ValueError) as error:
         raise InputError(f"target={str(path_or_id)!r} has no readable config.json: {_first_line(error)}") from error
-    if config.model_type not in SUPPORTED_MODEL_TYPES:
-        raise InputError(
-            f"target={str(path_or_id)!r} is of the family {config.model_type!r}: supported are "
-            f"{', '.join(SUPPORTED_MODEL_TYPES)}."
-        )
+    if reason := unsupported_reason(config.get_text_config()):
+        raise InputError(f"target={str(path_or_id)!r} cannot be a target: {reason}.")
     return config
 
 

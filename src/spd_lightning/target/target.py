@@ -17,10 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.masking_utils import create_causal_mask
 
 from spd_lightning.errors import InputError
 from spd_lightning.staircase import Staircase, resolve_stage_layers
 from spd_lightning.target.cache import RollbackCache
+
+#: Families whose decoder layers run one by one under plain causal attention.
+SUPPORTED_MODEL_TYPES = ("llama", "qwen3")
 
 
 class Target(nn.Module):
@@ -42,6 +46,8 @@ class Target(nn.Module):
         revision: str | None = None,
     ) -> None:
         super().__init__()
+        if reason := unsupported_reason(model.config.get_text_config()):
+            raise InputError(f"This model cannot be a target: {reason}.")
         self.model = model.eval().requires_grad_(False)
         self.source, self.revision = source, revision
         self.stage_layers: tuple[int, ...] | None = None
@@ -138,7 +144,13 @@ class Target(nn.Module):
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         hidden = embed(input_ids)
         rotary = self._rotary(hidden, position_ids=position_ids)
-        mask = None if documents is None else document_causal_mask(documents)
+        if documents is None:
+            # None where the attention kernel is causal by itself, a tensor where it is not (eager attention)
+            mask = create_causal_mask(
+                config=self.config, inputs_embeds=hidden, attention_mask=None, past_key_values=cache
+            )
+        else:
+            mask = document_causal_mask(documents, hidden.dtype)
         kept = {0: hidden}
         for index, layer in enumerate(layers):
             hidden = self._layer(layer, hidden, position_ids, rotary, cache, mask)
@@ -203,7 +215,7 @@ class Target(nn.Module):
         position_ids: Tensor,
         rotary: tuple[Tensor, Tensor],
         cache: RollbackCache | None,
-        mask: Tensor | None,
+        mask: Any,
     ) -> Tensor:
         output = layer(
             hidden_states=hidden,
@@ -216,10 +228,23 @@ class Target(nn.Module):
         return output if isinstance(output, Tensor) else output[0]
 
 
-def document_causal_mask(documents: Tensor) -> Tensor:
-    """Boolean [B, 1, S, S]: position t sees t' <= t of its own document."""
-    same = documents[:, :, None] == documents[:, None, :]
-    return same.tril()[:, None]
+def document_causal_mask(documents: Tensor, dtype: torch.dtype) -> Tensor:
+    """Additive [B, 1, S, S] mask: position t sees t' <= t of its own document."""
+    seen = (documents[:, :, None] == documents[:, None, :]).tril()[:, None]
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
+
+
+def unsupported_reason(config: Any) -> str | None:
+    """Why a (text) configuration cannot be a target of this version, or None if it can; reads no weight."""
+    if config.model_type not in SUPPORTED_MODEL_TYPES:
+        return f"family {config.model_type!r}, supported are {', '.join(SUPPORTED_MODEL_TYPES)}"
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"}:
+        return f"layers of type {', '.join(sorted(kinds - {'full_attention'}))}, supported is full attention"
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope in ("dynamic", "longrope"):
+        return f"RoPE of type {rope!r}, whose angles depend on the length of the sequence"
+    return None
 
 
 def require_partition(target: Target) -> tuple[int, ...]:

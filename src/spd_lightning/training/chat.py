@@ -81,8 +81,16 @@ class ChatEncoder:
                 )
             spans.append((len(before), len(through)))
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        inside = [any(a <= start and stop <= b for a, b in spans) for start, stop in encoded["offset_mapping"]]
-        return list(encoded["input_ids"]), inside
+        ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
+        labelled = [False] * len(ids)
+        special = set(self.tokenizer.all_special_ids)
+        for a, b in spans:
+            turn = [i for i, (start, stop) in enumerate(offsets) if a <= start and stop <= b]
+            # what a template writes after the end-of-turn token (a newline, say) is not the assistant's
+            ends = [i for i in turn if ids[i] in special]
+            for i in turn:
+                labelled[i] = not ends or i <= ends[-1]
+        return ids, labelled
 
     def _render(self, messages: Sequence[Message], prompt: bool = False) -> str:
         return self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)

@@ -58,19 +58,22 @@ class SpdDataModule(L.LightningDataModule):
         self.train_files, self.validation_files = _paths("train", train), _paths("validation", validation)
         self.max_length, self.batch_size, self.seed = max_length, batch_size, seed
         self.validation_samples, self.num_workers = validation_samples, num_workers
-        for name, value in (("max_length", max_length), ("batch_size", batch_size)):
-            if value < 1:
-                raise InputError(f"data.{name}={value}: expected at least 1.")
+        for name, value, least in (
+            ("max_length", max_length, 1),
+            ("batch_size", batch_size, 1),
+            ("validation_samples", validation_samples, 1),  # without any, no validation and no real decoding would run
+            ("num_workers", num_workers, 0),
+        ):
+            if value < least:
+                raise InputError(f"data.{name}={value}: expected at least {least}.")
         self.train_samples: list[Sample] = []
         self.validation_set: list[Sample] = []
 
     def setup(self, stage: str) -> None:
-        if self.train_samples or self.validation_set:
-            return
-        encoder = self.encoder
-        if stage == "fit":
-            self.train_samples = load_samples("data.train", self.train_files, encoder)
-        self.validation_set = load_samples("data.validation", self.validation_files, encoder)
+        if stage == "fit" and not self.train_samples:
+            self.train_samples = load_samples("data.train", self.train_files, self.encoder)
+        if not self.validation_set:
+            self.validation_set = load_samples("data.validation", self.validation_files, self.encoder)
 
     @property
     def encoder(self) -> ChatEncoder:
@@ -83,8 +86,9 @@ class SpdDataModule(L.LightningDataModule):
         found = [sample.prompt for sample in self.validation_set if sample.prompt]
         if len(found) < skip + count:
             raise InputError(
-                f"{skip + count} held-out prompts were asked for, but data.validation has {len(found)} conversations "
-                "with an assistant turn. Give more data or lower decoding.prompts and final.prompts."
+                f"{skip + count} held-out prompts are needed ({skip} of them for validations), but data.validation has "
+                f"{len(found)} conversations. Give more, or lower final.prompts, decoding.prompts or "
+                "data.validation_samples."
             )
         return found[skip : skip + count]
 
@@ -188,27 +192,39 @@ def load_samples(field: str, files: Sequence[Path], encoder: ChatEncoder) -> lis
     from rich.progress import track
 
     disable_progress_bar()
+    names = [str(file) for file in files]
     for file in files:
         if not file.is_file():
             raise InputError(f"{field}={str(file)!r} does not exist: expected a JSON-lines file.")
         if file.stat().st_size == 0:
             raise InputError(f"{field}={str(file)!r} is empty: expected one conversation per line.")
     try:
-        rows = load_dataset("json", data_files=[str(file) for file in files], split="train")
+        rows = load_dataset("json", data_files=names, split="train")
     except Exception as error:  # datasets wraps pyarrow's errors in classes of its own
         cause = error.__cause__ or error
-        message = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
-        raise InputError(f"{field}={[str(f) for f in files]} cannot be read as JSON lines: {message}") from error
+        raise InputError(f"{field}={names} cannot be read as JSON lines: {_first_line(cause)}") from error
     if "messages" not in rows.column_names:
         raise InputError(f'{field}: expected lines {{"messages": [...]}}, found the fields {rows.column_names}.')
     samples = []
     for index, messages in enumerate(track(rows["messages"], f"tokenising {field}", transient=True)):
-        sample = encoder(messages, index)
+        try:
+            sample = encoder(messages, index)
+        except InputError:
+            raise
+        except Exception as error:  # a template raises whatever jinja2 and Python raise
+            raise InputError(
+                f"{field}={names}: conversation {index} (from 0) cannot be rendered by the chat template: "
+                f"{_first_line(error)}"
+            ) from error
         if any(sample.labelled):
             samples.append(sample)
     if not samples:
         raise InputError(f"{field}: none of {len(rows)} conversations has an assistant token within data.max_length.")
     return samples
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _paths(field: str, given: str | list[str]) -> list[Path]:

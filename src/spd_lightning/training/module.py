@@ -79,6 +79,7 @@ class SpdModule(L.LightningModule):
             raise InputError(f"model.loss_chunk={loss_chunk}: expected at least 1.")
         self.strict_loading = False  # the frozen target is in no checkpoint; missing HEAD keys are refused below
         self.tokens_seen = 0
+        self.statistics_due = 0  # the optimizer step after which training statistics are logged
         self.teacher_forced_by_fill: list[dict[str, float]] = []
         self.target: Target | None = None
         self.head: SpeculationHead | None = None
@@ -156,12 +157,13 @@ class SpdModule(L.LightningModule):
         self.log("train/loss", loss, prog_bar=True)
         self.log("tokens", float(self.tokens_seen))
         if due:
+            self.statistics_due = self.global_step + 1
             self.train_statistics.update(table)
         return loss
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         # the optimizer step that was due is over: all its micro-batches (and ranks) are in the sums
-        if self.train_statistics.update_called and self.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        if self.train_statistics.update_called and self.global_step == self.statistics_due:
             self.log_dict({f"train/{name}": x for name, x in self.train_statistics.compute().items()})
             self.train_statistics.reset()
 
@@ -230,6 +232,14 @@ class SpdModule(L.LightningModule):
         self.configure_model()
         self.tokens_seen = checkpoint.get("tokens_seen", 0)
         _, head = self.parts()
+        ours, theirs = asdict(head.config), checkpoint.get("head_config", {})
+        if differing := [name for name in ours if ours[name] != theirs.get(name)]:
+            name = differing[0]
+            raise InputError(
+                f"The checkpoint holds another head: {name} is {theirs.get(name)} in the checkpoint and {ours[name]} "
+                f"in this configuration{f' (also: {differing[1:]})' if differing[1:] else ''}. Resume with the "
+                "configuration of the run that wrote it."
+            )
         expected = {CHECKPOINT_PREFIX + name for name in head.state_dict()}
         found = set(checkpoint["state_dict"])
         if expected != found:

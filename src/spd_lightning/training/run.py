@@ -111,11 +111,13 @@ def fit(cli: Any) -> Path:
     if trainer.is_global_zero:
         (directory / "config.yaml").write_text(cli.parser.dump(cli.config))
     try:
-        with record.phase("load data and target"):
+        with record.phase("load data"):
             data.setup("fit")
             record.data = fingerprint(data)
-            needed = final.prompts + _decoding_prompts(trainer)
-            data.prompts(needed)
+            seen = max(_decoding_prompts(trainer), data.validation_samples)  # by validations
+            data.prompts(_decoding_prompts(trainer))
+            if final.prompts:
+                data.prompts(final.prompts, skip=seen)
         _attach(trainer, directory)
         with record.phase("train and validate"):
             trainer.fit(module, datamodule=data, ckpt_path=cli.config.get("ckpt_path"))
@@ -125,7 +127,7 @@ def fit(cli: Any) -> Path:
         record.results["teacher_forced_by_fill"] = module.teacher_forced_by_fill
         if final.prompts and trainer.is_global_zero:
             with record.phase("final decoding"):
-                _final(record, module, data, final, skip=_decoding_prompts(trainer))
+                _final(record, module, data, final, skip=seen)
             with record.phase("plots"):
                 _plots(record, module, data)
         record.status = "finished"
@@ -153,7 +155,7 @@ def new_run_directory(wanted: Path) -> Path:
 
     Only the first process of a run creates it; the others write nothing and get what it was called, if they know.
     """
-    if rank_zero_only.rank:
+    if rank_zero_only.rank:  # type: ignore[attr-defined]
         return Path(os.environ.get(_RUN_DIRECTORY, wanted))
     path = _first_free(wanted)
     os.environ[_RUN_DIRECTORY] = str(path)  # for the processes that a launcher starts from this one
@@ -324,7 +326,9 @@ def _plots(record: RunRecord, module: SpdModule, data: SpdDataModule) -> None:
     folder = record.directory / "plots"
     folder.mkdir(exist_ok=True)
     plot_training(record.directory / "metrics.jsonl", folder / "training.png")
-    greedy = next((r for r in record.results["final"] if r["drafter"] == "trained head"), None)
+    greedy = next(
+        (r for r in record.results["final"] if r["drafter"] == "trained head" and r["temperature"] == 0), None
+    )
     plot_acceptance_by_fill(
         module.teacher_forced_by_fill, folder / "acceptance_by_fill.png", decoded=greedy["by_fill"] if greedy else None
     )

@@ -1,0 +1,131 @@
+"""What every measurement here needs: interleaved timing, peak memory in a fresh process, and a record of the result.
+
+A record is benchmarks/records/NAME.json: the command, the commit, the versions, the processor and the numbers. It holds
+no host name and no path, so that records of different machines can lie side by side.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+ROOT = Path(__file__).resolve().parent.parent
+RECORDS = ROOT / "benchmarks" / "records"
+MIB = 2**20
+console = Console(stderr=True)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one run: on the clock, and of this process on the processor (a busy machine shows in the first)."""
+
+    wall: float
+    cpu: float
+
+
+def interleaved(cases: Mapping[str, Callable[[], object]], repeats: int, title: str) -> dict[str, list[Timing]]:
+    """Run A B C A B C ...: whatever else the machine does meanwhile falls on all cases alike. One warm-up round."""
+    timings: dict[str, list[Timing]] = {name: [] for name in cases}
+    for index in range(-1, repeats):
+        for name, run in cases.items():
+            with console.status(f"{title}: {name}, {'warm-up' if index < 0 else f'run {index + 1} of {repeats}'}"):
+                wall, cpu = time.perf_counter(), time.process_time()
+                run()
+                timing = Timing(time.perf_counter() - wall, time.process_time() - cpu)
+            if index >= 0:
+                timings[name].append(timing)
+    for name, runs in timings.items():
+        console.print(f"{title}: {name} {median_wall(runs) * 1e3:.1f} ms (cpu {median_cpu(runs) * 1e3:.1f})")
+    return timings
+
+
+def median_wall(runs: list[Timing]) -> float:
+    return statistics.median(run.wall for run in runs)
+
+
+def median_cpu(runs: list[Timing]) -> float:
+    return statistics.median(run.cpu for run in runs)
+
+
+def ratios(slow: list[Timing], fast: list[Timing]) -> dict[str, float]:
+    """Medians over rounds of the ratio within a round: neighbours in time are compared with each other."""
+    rounds = list(zip(slow, fast, strict=True))
+    return {
+        "wall": statistics.median(a.wall / b.wall for a, b in rounds),
+        "cpu": statistics.median(a.cpu / b.cpu for a, b in rounds),
+    }
+
+
+def peak_memory(script: str, *arguments: str) -> float:
+    """MiB above start that `script *arguments` prints, in a fresh process (see `peak_above_start`)."""
+    command = [sys.executable, script, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(arguments)} failed:\n{done.stderr[-2000:]}")
+    return float(done.stdout.split()[-1])
+
+
+def peak_above_start(run: Callable[[], object]) -> float:
+    """MiB by which `run` raises the peak of this process's resident memory over what is resident now."""
+    start = _resident("VmRSS")
+    run()
+    return (_resident("VmHWM") - start) / MIB
+
+
+def write_record(name: str, results: Mapping[str, Any], threads: int) -> Path:
+    """Write benchmarks/records/NAME.json, under a temporary name first."""
+    record = {
+        "argv": [f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]],
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": bool(_git("status", "--porcelain", "--", "src", "benchmarks/*.py")),
+        "versions": {"python": platform.python_version()} | {x: version(x) for x in ("torch", "transformers")},
+        "machine": {"processor": _processor(), "cores": os.cpu_count(), "threads_used": threads},
+        **results,
+    }
+    RECORDS.mkdir(parents=True, exist_ok=True)
+    temporary = RECORDS / f".{name}.{os.getpid()}"
+    temporary.write_text(json.dumps(record, indent=1) + "\n")
+    path = temporary.replace(RECORDS / f"{name}.json")
+    console.print(f"wrote {path.relative_to(ROOT)}")
+    return path
+
+
+def _resident(field: str) -> int:
+    """Bytes of a field of /proc/self/status; elsewhere the peak from getrusage.
+
+    VmHWM belongs to this program. ru_maxrss does not: it is inherited from the process that started this one.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith(field))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _git(*arguments: str) -> str | None:
+    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()
