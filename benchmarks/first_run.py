@@ -66,7 +66,6 @@ def main() -> int:
     if record.get("status") != "finished" or "final" not in record.get("results", {}):
         parser.error(f"{args.run} is no finished run with a final evaluation (status {record.get('status')!r})")
     record["machine"] = f"{os.cpu_count()} cores, {_processor()}"
-    record["argv"] = ["spd-lightning", *record["argv"][1:]]
     text = table(record)
     print(text)
     if not args.print:

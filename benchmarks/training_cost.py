@@ -26,7 +26,6 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,7 +46,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from spd_lightning.head.attention import staircase_attention
-from spd_lightning.head.layout import StaircaseLayout
+from spd_lightning.head.layout import Rows, StaircaseLayout
 from spd_lightning.head.loading import new_head
 from spd_lightning.staircase import Staircase
 from spd_lightning.target.target import Target
@@ -102,7 +101,10 @@ def measure_attention(lengths: list[int], repeats: int) -> list[dict[str, Any]]:
     results = []
     for head_dim in (HIDDEN // HEADS, 64):
         for S in lengths:
-            cases = {"dense": attention_case(S, HEADS, head_dim, True), "fast": attention_case(S, HEADS, head_dim, False)}
+            cases = {
+                "dense": attention_case(S, HEADS, head_dim, True),
+                "fast": attention_case(S, HEADS, head_dim, False),
+            }
             runs = interleaved(cases, rounds(repeats, S), f"attention {HEADS}x{head_dim}, S={S}")
             speedup = ratios(runs["dense"], runs["fast"])
             results.append({"S": S, "heads": HEADS, "head_dim": head_dim, **milliseconds(runs), "speedup": speedup})
@@ -175,7 +177,8 @@ class Setting:
             if S not in self.masks:
                 allowed = StaircaseLayout(STAIRCASE, random_entries(S)).dense_mask()[:, None]
                 self.masks[S] = torch.zeros(allowed.shape).masked_fill_(~allowed, -math.inf)
-            x = head.aggregate(states).transpose(1, 2).flatten(1, 2)  # [1, m S, H]
+            every = Rows(torch.ones(1, S, len(ANCHORS), dtype=torch.bool), range(len(ANCHORS)))
+            x = head.aggregate(states, every)[None]  # [1, m S, H], block after block
             rotary = head.rotary(x, torch.arange(S).repeat(len(ANCHORS))[None])
             for layer in head.layers:
                 normed = layer.input_layernorm(x)
@@ -235,7 +238,14 @@ def measure_memory(parts: Iterable[str], lengths: list[int], dense_up_to: int, v
                 if kind == "dense" and dense_up_to < S:
                     continue
                 with console.status(f"memory: {part} {kind}, S={S}"):
-                    arguments = ("--memory-case", f"{part} {kind}", "--lengths", str(S), "--vocabulary", str(vocabulary))
+                    arguments = (
+                        "--memory-case",
+                        f"{part} {kind}",
+                        "--lengths",
+                        str(S),
+                        "--vocabulary",
+                        str(vocabulary),
+                    )
                     mib[S] = peak_memory(sys.argv[0], *arguments)
                 console.print(f"memory: {part} {kind}, S={S}: {mib[S]:.0f} MiB above start")
             results.append({"part": part, "kind": kind, "mib_above_start": mib, "exponent": fitted_exponent(mib)})
@@ -331,7 +341,9 @@ def show(title: str, rows: list[dict[str, Any]]) -> None:
     columns = list(dict.fromkeys(key for row in flat for key in row))
     table = Table(*columns, title=title)
     for row in flat:
-        table.add_row(*(f"{row[key]:.4g}" if isinstance(row.get(key), float) else str(row.get(key, "")) for key in columns))
+        table.add_row(
+            *(f"{row[key]:.4g}" if isinstance(row.get(key), float) else str(row.get(key, "")) for key in columns)
+        )
     console.print(table)
 
 
@@ -345,7 +357,9 @@ def flattened(row: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=f"of {', '.join(PARTS)}")
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=f"of {', '.join(PARTS)}"
+    )
     parser.add_argument("--lengths", nargs="+", type=int, default=[512, 1024, 2048, 4096], metavar="S", help="tokens")
     parser.add_argument("--dense-up-to", type=int, default=2048, metavar="S", help="longest dense STEP (default 2048)")
     parser.add_argument("--repeats", type=int, default=9, help="rounds at S=512, fewer for longer S (default 9)")
@@ -380,7 +394,7 @@ def main() -> None:
     if "profile" in args.parts:
         results["profile"] = {}
         for kind, step in (("ours", setting.our_step), ("dense", setting.dense_step)):
-            lengths = [S for S in args.lengths if kind == "ours" or S <= args.dense_up_to]
+            lengths = [S for S in args.lengths if kind == "ours" or args.dense_up_to >= S]
             rows = [row for S in lengths for row in measure_profile(lambda S=S: step(S), S, args.vocabulary, 5)]
             show(f"Where the time of the {kind} step goes", rows)
             results["profile"][kind] = rows

@@ -80,9 +80,7 @@ _JUNK = re.compile(
     r"|redistribution and use|auto-?generated|do not edit|[\w.+-]+@[\w-]+\.[a-z]{2,}|\(c\) (19|20)\d\d",
     re.IGNORECASE,
 )
-_COMMON = re.compile(
-    r"\b(the|a|an|of|to|is|in|for|and|if|return|returns|this|with|from|be|by|or|not)\b", re.IGNORECASE
-)
+_COMMON = re.compile(r"\b(the|a|an|of|to|is|in|for|and|if|return|returns|this|with|from|be|by|or|not)\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -126,9 +124,7 @@ def clean(raw: str) -> str | None:
     text = cut_at_paragraph(text, MAX_CHARACTERS)
     if len(text) < MIN_CHARACTERS or _JUNK.search(text):
         return None
-    if any(not c.isprintable() and c != "\n" for c in text) or sum(ord(c) > 126 for c in text) > 0.01 * len(
-        text
-    ):
+    if any(not c.isprintable() and c != "\n" for c in text) or sum(ord(c) > 126 for c in text) > 0.01 * len(text):
         return None
     letters = sum(c.isalpha() for c in text)
     if letters < 0.5 * len(text) or len(_COMMON.findall(text)) * 40 < min(len(text), 400) // 2:
@@ -350,12 +346,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         default=HELDOUT_SHARE,
         help="share of bare symbols held out (default: %(default)s)",
     )
-    parser.add_argument(
-        "--exclude", nargs="*", default=[], metavar="PACKAGE", help="installed packages to leave out"
-    )
-    parser.add_argument(
-        "--force", action="store_true", help="run again although the manifest of a finished run exists"
-    )
+    parser.add_argument("--exclude", nargs="*", default=[], metavar="PACKAGE", help="installed packages to leave out")
+    parser.add_argument("--force", action="store_true", help="run again although the manifest of a finished run exists")
     return parser.parse_args(argv)
 
 

@@ -131,10 +131,7 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = wrap(train(texts_of(args.corpus / "train.jsonl"), args.size))
     characters, tokens = check_round_trip(tokenizer, texts_of(args.corpus / "heldout.jsonl"))
     save(tokenizer, folder)
-    print(
-        f"{len(tokenizer)} entries; held-out text: {characters / tokens:.2f} characters per token, "
-        "round trip exact"
-    )
+    print(f"{len(tokenizer)} entries; held-out text: {characters / tokens:.2f} characters per token, round trip exact")
 
 
 if __name__ == "__main__":

@@ -50,9 +50,7 @@ def chosen(samples: list[dict], count: int) -> list[dict]:
 
 
 @torch.no_grad()
-def losses(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, samples: list[dict]
-) -> dict[str, float]:
+def losses(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, samples: list[dict]) -> dict[str, float]:
     """Mean loss per token, and per token of the answers; one conversation at a time, no padding."""
     total = answer = 0.0
     tokens = answer_tokens = 0
@@ -125,12 +123,9 @@ def curves(log: Path) -> dict:
     return {
         "steps": rows[-1]["step"],
         "tokens_seen": rows[-1]["tokens"],
-        "epochs": round(training[-1]["epoch"], 2),
         "training_seconds": rows[-1]["seconds"],
         "tokens_per_second": round(rows[-1]["tokens"] / rows[-1]["seconds"]),
-        "train_curve": [
-            {k: r[k] for k in ("step", "tokens", "seconds", "loss", "lr")} for r in training[::every]
-        ],
+        "train_curve": [{k: r[k] for k in ("step", "tokens", "seconds", "loss", "lr")} for r in training[::every]],
         "heldout_curve": [r for r in rows if "heldout_loss" in r],
     }
 
@@ -174,9 +169,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         default=TARGET,
         help="exported model folder (default: the package's embedded target)",
     )
-    add(
-        "--prompts", type=int, default=120, help="held-out questions answered greedily (default: %(default)s)"
-    )
+    add("--prompts", type=int, default=120, help="held-out questions answered greedily (default: %(default)s)")
     add(
         "--loss-samples",
         type=int,
@@ -198,10 +191,7 @@ def main(argv: list[str] | None = None) -> None:
         "commit": commit(),
         "machine": processor(),
         "versions": {"python": platform.python_version()}
-        | {
-            name: importlib.metadata.version(name)
-            for name in ("torch", "transformers", "tokenizers", "safetensors")
-        },
+        | {name: importlib.metadata.version(name) for name in ("torch", "transformers", "tokenizers", "safetensors")},
         "corpus": {k: manifest[k] for k in ("train", "heldout")},
         "weights_sha256": hashlib.sha256((args.target / "model.safetensors").read_bytes()).hexdigest(),
         "quality": quality(args.target, args.corpus, args.prompts, args.loss_samples),

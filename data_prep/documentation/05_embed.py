@@ -63,8 +63,7 @@ def write(path: Path, data: bytes) -> None:
 def sources(manifest: dict, counts: dict[str, int], chosen: dict[str, int]) -> str:
     """SOURCES.md: what the conversations are, and whose words they quote."""
     rows = [
-        f"| {p['name']} | {p['version']} | {p['license']} | {p['conversations']} "
-        f"| {chosen.get(p['name'], 0)} |"
+        f"| {p['name']} | {p['version']} | {p['license']} | {p['conversations']} | {chosen.get(p['name'], 0)} |"
         for p in sorted(manifest["packages"], key=lambda p: (-p["conversations"], p["name"]))
     ]
     whole, kept_out = manifest["train"], manifest["heldout"]
@@ -90,9 +89,7 @@ The embedded target was trained on the whole corpus ({whole["conversations"]:,} 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add(
         "--corpus",

@@ -59,13 +59,9 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("site")
     for i in range(40):
         text = (
-            SHARED
-            if i % 2
-            else f"Do the thing that is known as {chr(97 + i % 26) * 5} to the people of the village."
+            SHARED if i % 2 else f"Do the thing that is known as {chr(97 + i % 26) * 5} to the people of the village."
         )
-        (root / f"part{i}.py").write_text(
-            FILE.format(name=f"method_{i}", text=text, number="x" * i), encoding="utf-8"
-        )
+        (root / f"part{i}.py").write_text(FILE.format(name=f"method_{i}", text=text, number="x" * i), encoding="utf-8")
     (root / "broken.py").write_text("def (:", encoding="utf-8")
     (root / "binary.py").write_bytes(b"\xff\xfe\x00")
     return root
@@ -85,9 +81,7 @@ def assert_disjoint(train: list[dict], heldout: list[dict]) -> None:
     """No symbol, no text and no long first paragraph on both sides."""
     assert not {corpus.symbol(s) for s in train} & {corpus.symbol(s) for s in heldout}
     assert not {corpus.normalise(answer(s)) for s in train} & {corpus.normalise(answer(s)) for s in heldout}
-    long = [
-        {p for s in side if len(p := corpus.first_paragraph(answer(s))) > 60} for side in (train, heldout)
-    ]
+    long = [{p for s in side if len(p := corpus.first_paragraph(answer(s))) > 60} for side in (train, heldout)]
     assert not long[0] & long[1]
 
 
@@ -147,9 +141,7 @@ def test_cleaning_keeps_english_and_drops_the_rest(raw: str, kept: bool) -> None
 
 def test_cleaning_unindents_folds_blank_lines_and_cuts_at_a_paragraph() -> None:
     paragraph = "This is a line of the text that is long enough to count. " * 10
-    text = corpus.clean(
-        f"First line of the text and of the whole.\n\n\n\n    {paragraph}\n\n    " + paragraph * 4
-    )
+    text = corpus.clean(f"First line of the text and of the whole.\n\n\n\n    {paragraph}\n\n    " + paragraph * 4)
     assert text == "First line of the text and of the whole.\n\n" + paragraph.strip()
     assert corpus.cut_at_paragraph("a" * 50, 40) == ""
 
@@ -204,9 +196,7 @@ def test_the_labelled_tokens_are_the_answers_and_their_end(tokenizer, messages: 
 
 
 def test_the_generation_prompt_is_a_prefix_of_the_whole_conversation(tokenizer) -> None:
-    prompt = tokenizer.apply_chat_template(CONVERSATION[:2], add_generation_prompt=True, return_dict=True)[
-        "input_ids"
-    ]
+    prompt = tokenizer.apply_chat_template(CONVERSATION[:2], add_generation_prompt=True, return_dict=True)["input_ids"]
     whole = tokenizer.apply_chat_template(CONVERSATION[:3], return_dict=True)["input_ids"]
     assert whole[: len(prompt)] == prompt
 
@@ -221,10 +211,7 @@ def test_every_text_round_trips(tokenizer) -> None:
 
 
 def test_a_system_message_is_optional_and_an_unknown_role_is_refused(tokenizer) -> None:
-    assert (
-        tokenizer.apply_chat_template(CONVERSATION[1:2], tokenize=False)
-        == "<|user|>What does `area` do?<|end|>"
-    )
+    assert tokenizer.apply_chat_template(CONVERSATION[1:2], tokenize=False) == "<|user|>What does `area` do?<|end|>"
     with pytest.raises(Exception, match="unknown role"):
         tokenizer.apply_chat_template([{"role": "poet", "content": "x"}], tokenize=False)
 
@@ -292,9 +279,7 @@ def test_the_shipped_conversations_are_disjoint_and_small() -> None:
     assert len(train) >= 8000 and len(heldout) >= 300
     assert (folder / "train.jsonl.gz").stat().st_size <= 1_600_000
     assert_disjoint(train, heldout)
-    assert all(
-        embed.well_formed(s) and [m["role"] for m in s["messages"]] == ["user", "assistant"] for s in train
-    )
+    assert all(embed.well_formed(s) and [m["role"] for m in s["messages"]] == ["user", "assistant"] for s in train)
 
 
 @pytest.mark.skipif(not (EMBEDDED / "target" / "model.safetensors").exists(), reason="target not made yet")
@@ -306,6 +291,4 @@ def test_the_shipped_target_is_small_and_its_template_marks_answers() -> None:
     shipped = AutoTokenizer.from_pretrained(folder)
     config = AutoConfig.from_pretrained(folder)
     assert (config.vocab_size, config.eos_token_id) == (len(shipped), shipped.eos_token_id)
-    assert (
-        labelled(shipped, CONVERSATION) == "It returns  the area.\n\n    >>> area(12)\n<|end|>Nothing.<|end|>"
-    )
+    assert labelled(shipped, CONVERSATION) == "It returns  the area.\n\n    >>> area(12)\n<|end|>Nothing.<|end|>"

@@ -347,13 +347,9 @@ ROPE: dict[str, dict[str, Any]] = {
         "original_max_position_embeddings": 16,
     },
 }
-LENGTH_DEPENDENT = pytest.mark.xfail(strict=True, reason="one rotary table per generation, made for its full length")
 
 
-@pytest.mark.parametrize(
-    "rope",
-    [pytest.param(rope, marks=LENGTH_DEPENDENT) if rope in ("dynamic", "longrope") else rope for rope in ROPE],
-)
+@pytest.mark.parametrize("rope", ROPE)
 def test_greedy_output_is_the_targets_own_up_to_the_last_position_of_the_context_or_the_target_is_refused(
     make_target: Callable[..., Target], rope: str
 ) -> None:
@@ -369,7 +365,6 @@ def test_greedy_output_is_the_targets_own_up_to_the_last_position_of_the_context
         assert SpdDecoder(target, drafter).generate([1, 2, 3, 4], 28).token_ids == expected
 
 
-@pytest.mark.xfail(strict=True, reason="layers run without an attention mask, whatever the layer and implementation")
 @pytest.mark.parametrize("what", ["sliding window", "eager attention"])
 def test_a_target_whose_attention_is_not_plain_causal_is_refused_or_decoded_right(
     make_target: Callable[..., Target], what: str
@@ -386,7 +381,6 @@ def test_a_target_whose_attention_is_not_plain_causal_is_refused_or_decoded_righ
     assert tokens == library_greedy(target, prompt, 20)
 
 
-@pytest.mark.xfail(strict=True, reason="states are cast to the head's dtype in start(), but not in draft()")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_a_new_head_decodes_over_a_target_of_any_dtype(make_target: Callable[..., Target], dtype: torch.dtype) -> None:
     target = make_target(num_layers=4, num_stages=2, dtype=dtype)
@@ -394,7 +388,6 @@ def test_a_new_head_decodes_over_a_target_of_any_dtype(make_target: Callable[...
     assert generation.token_ids == autoregressive_generate(target, [1, 2, 3], 8).token_ids
 
 
-@pytest.mark.xfail(strict=True, reason="Module.to casts the buffer inv_freq too")
 def test_a_head_in_bfloat16_keeps_the_frequencies_of_its_rope(make_target: Callable[..., Target]) -> None:
     """8 bits of frequency turn far positions by whole radians; training in float32 never saw such angles."""
     head = new_head(make_target(num_layers=4, num_stages=2))

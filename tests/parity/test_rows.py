@@ -228,6 +228,33 @@ def test_no_row_depends_on_a_later_token_or_a_later_restart(make_target: Callabl
     assert (results[0][:, :, 7:] - results[1][:, :, 7:]).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("dense", [True, False], ids=["dense", "fast"])
+@torch.no_grad()
+def test_documents_packed_into_one_row_draft_as_they_do_alone(make_target: Callable[..., Target], dense: bool) -> None:
+    """Target, positions, staircase and head together: nothing leaks from one document into the next."""
+    target = make_target("qwen3", 5, stage_layers=(2, 1, 2), dtype=torch.float64)
+    head = spread_head(target, 5, num_layers=2)
+    generator = random.Random(0)
+    lengths, packed_ids, positions, documents, entries, alone = (5, 1, 9, 4), [], [], [], [], []
+    for number, length in enumerate(lengths):
+        ids = [generator.randrange(VOCABULARY) for _ in range(length)]
+        restarts = sorted({0, generator.randrange(length)})
+        alone.append(draft_logits(target, head, torch.tensor([ids]), restarts=restarts)[0])
+        packed_ids += ids
+        positions += range(length)
+        documents += [number] * length
+        entries += [T + 2 * sum(1 for restart in restarts if 0 < restart <= T) for T in range(length)]
+    states, _ = target(
+        torch.tensor([packed_ids]),
+        head.config.anchors,
+        position_ids=torch.tensor([positions]),
+        documents=torch.tensor([documents]),
+    )
+    layout = StaircaseLayout(head.staircase, torch.tensor([entries]), torch.tensor([documents]))
+    packed = head.logits(head(states, layout, position_ids=torch.tensor([positions]), dense=dense))[0]
+    assert (packed - torch.cat(alone)).abs().max() < 1e-10
+
+
 # -- the real decoder against draft_logits -------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,7 +25,8 @@ class Divergence:
     Attributes:
         position: index into the new tokens.
         expected: token of the reference; found: token of the sequence under test.
-        gap: difference of the two largest logits there, relative to the largest magnitude.
+        gap: how far the logit of the worse choice is below the largest there, relative to the largest magnitude;
+            infinite where one sequence has no token.
         tie: the gap is within rounding.
     """
 
@@ -44,8 +46,8 @@ def lossless_divergence(
         return None
     ids = torch.tensor([[*prompt, *reference.token_ids[:at]]], device=target.device)
     _, last = target(ids, ())
-    gap = _relative_gap(target.logits(last[0, -1]))
     pick = [tokens[at] if at < len(tokens) else None for tokens in (reference.token_ids, found.token_ids)]
+    gap = _shortfall(target.logits(last[0, -1]), pick)
     return Divergence(at, pick[0], pick[1], gap, gap <= TIE_TOLERANCE[target.dtype])
 
 
@@ -59,14 +61,16 @@ def drift(target: Target, head: SpeculationHead, prompt: Sequence[int], found: G
         return []
     ids = torch.tensor([[*prompt, *found.token_ids]], device=target.device)
     logits = draft_logits(target, head, ids, found.restart_positions)[0]
+    tolerance = max(TIE_TOLERANCE[target.dtype], TIE_TOLERANCE[head.dtype])
     result = []
     for index, accepted in enumerate(found.accepted_flags, start=1):
         here = logits[len(prompt) + index - 1]
-        drafted = head.full_vocabulary_id(int(here.argmax()))
-        token = found.token_ids[index]
+        best, second = here.topk(2).indices.tolist()
+        drafted, token = head.full_vocabulary_id(best), found.token_ids[index]
         if (drafted == token) != accepted:
-            gap = _relative_gap(here)
-            result.append(Divergence(index, token, drafted, gap, gap <= TIE_TOLERANCE[head.dtype]))
+            # an accepted draft was this token; of a rejected one no more is known than that it was another
+            gap = _shortfall(here, [_draft_index(head, token) if accepted else second])
+            result.append(Divergence(index, token, drafted, gap, gap <= tolerance))
     return result
 
 
@@ -77,6 +81,13 @@ def _first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
     return None if len(a) == len(b) else min(len(a), len(b))
 
 
-def _relative_gap(logits: Tensor) -> float:
-    first, second = logits.double().topk(2).values.tolist()
-    return (first - second) / max(abs(first), abs(second), 1e-300)
+def _draft_index(head: SpeculationHead, token: int) -> int | None:
+    ids = head.config.draft_token_ids
+    return token if ids is None else ids.index(token) if token in ids else None
+
+
+def _shortfall(logits: Tensor, choices: Sequence[int | None]) -> float:
+    """How far the worst choice is below the largest logit, relative to the largest magnitude; infinite for None."""
+    values = logits.double()
+    least = min(-math.inf if choice is None else float(values[choice]) for choice in choices)
+    return (float(values.max()) - least) / max(float(values.abs().max()), 1e-300)

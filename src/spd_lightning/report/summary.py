@@ -33,12 +33,12 @@ def print_summary(record: dict[str, Any], directory: Path, num_stages: int, cons
 def _decoding_table(results: dict[str, Any], num_stages: int) -> Table:
     prompts, tokens = results["prompts"], results["max_new_tokens"]
     table = Table(title=f"Real decoding of {prompts} held-out prompts x {tokens} tokens, n = {num_stages} stages")
-    for name in ("drafter", "T", "acceptance p", "95 % interval", "S", "cycles", "new tokens", "seconds*"):
+    for name in ("drafter", "T", "p", "95 % of p", "S", "cycles", "tokens", "s *"):
         table.add_column(name, justify="left" if name == "drafter" else "right")
     for row in results["final"]:
         drafted = row["acceptance"] is not None
         table.add_row(
-            "plain (no drafts)" if row["drafter"] == "plain" else row["drafter"],
+            row["drafter"],
             f"{row['temperature']:g}",
             f"{row['acceptance']:.3f}" if drafted else "-",
             "{:.3f} - {:.3f}".format(*row["acceptance_interval"]) if drafted else "-",
@@ -48,7 +48,10 @@ def _decoding_table(results: dict[str, Any], num_stages: int) -> Table:
             f"{row['seconds']:.0f}",
             style="bold" if row["drafter"] == "trained head" else None,
         )
-    table.caption = "* simulated clock: one process runs the stages one after another; S is what parallel stages gain"
+    table.caption = (
+        "p: accepted / verified drafts. S: tokens per full target pass in theory.\n"
+        "* simulated clock: the stages run one after another in one process"
+    )
     return table
 
 

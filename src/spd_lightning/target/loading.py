@@ -58,10 +58,9 @@ def load_target(
     if num_stages is not None or stage_layers is not None:
         split = resolve_stage_layers(config.num_hidden_layers, num_stages, stage_layers)
     place = torch.device(device or "cpu")
+    kind = resolve_dtype(dtype, place)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            _source(path_or_id), dtype=resolve_dtype(dtype, place), revision=revision
-        )
+        model = AutoModelForCausalLM.from_pretrained(_source(path_or_id), dtype=kind, revision=revision)
     except Exception as error:  # safetensors, torch, OS and hub errors have no common base
         raise InputError(
             f"target={str(path_or_id)!r}: its weights cannot be read ({_first_line(error)}). Expected complete "
@@ -80,7 +79,7 @@ def check_target(path_or_id: str | Path, revision: str | None = None) -> Pretrai
     from transformers import AutoConfig
 
     source = _source(path_or_id)
-    _check_folder(Path(source))
+    _check_folder(source)
     try:
         config = AutoConfig.from_pretrained(source, revision=revision)
     except (OSError, ValueError) as error:
@@ -95,7 +94,7 @@ def load_tokenizer(path_or_id: str | Path, revision: str | None = None):  # type
     from transformers import AutoTokenizer
 
     source = _source(path_or_id)
-    _check_folder(Path(source))
+    _check_folder(source)
     try:
         return AutoTokenizer.from_pretrained(source, revision=revision)
     except Exception as error:  # the Rust tokenizer raises bare Exception for damaged files
@@ -106,8 +105,9 @@ def _source(path_or_id: str | Path) -> str | Path:
     return embedded_target_path() if str(path_or_id) == "tiny" else path_or_id
 
 
-def _check_folder(path: Path) -> None:
+def _check_folder(source: str | Path) -> None:
     """A local path that exists must look like a model folder; anything else is left to the hub."""
+    path = Path(source)
     if path.is_dir():
         config = path / "config.json"
         if not config.is_file():
@@ -120,8 +120,8 @@ def _check_folder(path: Path) -> None:
             raise InputError(f"target={str(path)!r} has no weights: expected model.safetensors in the folder.")
     elif path.exists():
         raise InputError(f"target={str(path)!r} is a file: expected a model folder or a hub id.")
-    elif path.is_absolute() or str(path).startswith((".", "~")):
-        raise InputError(f"target={str(path)!r} does not exist: expected a model folder, a hub id or 'tiny'.")
+    elif path.is_absolute() or str(source).startswith((".", "~")):
+        raise InputError(f"target={str(source)!r} does not exist: expected a model folder, a hub id or 'tiny'.")
 
 
 def _first_line(error: BaseException) -> str:

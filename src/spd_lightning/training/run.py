@@ -19,10 +19,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,7 @@ class RunRecord:
 
     directory: Path
     config: dict[str, Any]
-    argv: list[str] = field(default_factory=lambda: list(sys.argv))
+    argv: list[str] = field(default_factory=lambda: ["spd-lightning", *sys.argv[1:]])
     began: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
     seconds: dict[str, float] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
@@ -368,5 +368,8 @@ def _commit() -> str | None:
 
 
 def _versions() -> dict[str, str]:
-    found = {name: version(name) for name in _PACKAGES}
+    found = {}
+    for name in _PACKAGES:
+        with suppress(PackageNotFoundError):  # a source tree on the path need not be installed
+            found[name] = version(name)
     return {"python": platform.python_version(), "cores": str(os.cpu_count()), **found}

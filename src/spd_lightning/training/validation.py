@@ -51,7 +51,7 @@ class DecodingValidation(L.Callback):
         self.spent, self.began = 0.0, time.perf_counter()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self.began = time.perf_counter()
+        self.spent, self.began = 0.0, time.perf_counter()
 
     @torch.no_grad()
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
