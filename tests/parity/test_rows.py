@@ -345,13 +345,17 @@ def test_the_training_view_reproduces_every_verdict_of_a_greedy_generation(
     for seed in range(8):
         n = (2, 3, 4, 5)[seed % 4]
         target = make_target(num_layers=5, num_stages=n, seed=seed, spread=0.05, embedding_scale=4)
-        head = new_head(target, num_layers=1 + seed % 2, seed=seed)
+        ids = sorted(random.Random(seed).sample(range(VOCABULARY), 45)) if seed >= 4 else list(range(VOCABULARY))
+        head = new_head(target, num_layers=1 + seed % 2, draft_token_ids=ids if seed >= 4 else None, seed=seed)
         events: list[CycleEvent] = []
         prompt = [seed, 3]
         generation = SpdDecoder(target, head).generate(prompt, 40, observer=events.append)
         tokens = prompt + generation.token_ids
         logits = draft_logits(target, head, torch.tensor([tokens]), restarts=generation.restart_positions)[0]
-        flags = [bool(logits[t].argmax() == tokens[t + 1]) for t in range(len(prompt), len(tokens) - 1)]
+        drafted = {event.cycle.newest: event.drafted for event in events if event.cycle is not None}
+        expected = {t: ids[int(logits[t].argmax())] for t in range(len(prompt), len(tokens) - 1)}
+        assert expected == {t: drafted[t] for t in expected}
+        flags = [draft == tokens[t + 1] for t, draft in expected.items()]
         assert flags == [event.accepted for event in events if event.accepted is not None]
         assert flags == generation.accepted_flags
         accepted, verified = accepted + sum(flags), verified + len(flags)

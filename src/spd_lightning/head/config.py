@@ -50,8 +50,10 @@ class HeadConfig:
                 object.__setattr__(self, name, tuple(int(x) for x in value))
         object.__setattr__(self, "rope_parameters", dict(self.rope_parameters))
         _ = self.staircase  # refuses impossible stages and anchors
-        if self.num_layers < 1:
-            raise InputError(f"num_layers={self.num_layers}: a head needs at least one layer. Set model.num_layers.")
+        for name in _POSITIVE:
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise InputError(f"{name}={value!r}: expected an integer of at least 1.")
         ids = self.draft_token_ids
         if ids is not None:
             ascending = all(a < b for a, b in zip(ids, ids[1:], strict=False))
@@ -90,3 +92,7 @@ class HeadConfig:
 
 
 FORMAT = "spd-head/1"
+_POSITIVE = (
+    "num_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "vocab_size", "max_position_embeddings",
+)  # fmt: skip

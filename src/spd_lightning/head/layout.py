@@ -1,14 +1,49 @@
-"""StaircaseLayout: which row sees which, for a batch of teacher-forced sequences, as tensors."""
+"""Which row sees which in a batch of teacher-forced sequences (StaircaseLayout), and which are computed (Rows)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from spd_lightning.staircase import Staircase, entry_cycles, gaps_from_restarts
+
+
+class Rows:
+    """Some of the rows of a batch, handled as one list [R, ...], block after block.
+
+    Args:
+        chosen: [B, S, r] bool, which rows of r blocks.
+        blocks: which of the m reachable blocks those are.
+    """
+
+    def __init__(self, chosen: Tensor, blocks: Sequence[int]) -> None:
+        self.chosen, self.blocks = chosen, tuple(blocks)
+        #: per block, where its rows are among the B S positions
+        self.places = [block.flatten().nonzero()[:, 0] for block in chosen.unbind(2)]
+        self._index = torch.cat([place * len(self.blocks) + i for i, place in enumerate(self.places)])
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def spread(self, listed: Tensor) -> Tensor:
+        """[R, ...] -> [B, r, S, ...], zero where there is no row; a position's rows stay neighbours in memory."""
+        grid = listed.new_zeros(self.chosen.numel(), *listed.shape[1:])
+        return grid.index_copy(0, self._index, listed).unflatten(0, self.chosen.shape).transpose(1, 2)
+
+    def collect(self, grid: Tensor) -> Tensor:
+        """[B, r, S, ...] -> [R, ...]."""
+        return grid.transpose(1, 2).flatten(0, 2)[self._index]
+
+    def find(self, some: Rows) -> Tensor:
+        """Where `some` of these rows stand in this list."""
+        numbers = self.places[0].new_full(self.chosen.shape, -1)
+        numbers.view(-1)[self._index] = torch.arange(len(self), device=numbers.device)
+        columns = [numbers[:, :, self.blocks.index(block)].flatten() for block in some.blocks]
+        return torch.cat([column[place] for column, place in zip(columns, some.places, strict=True)])
 
 
 class StaircaseLayout:
@@ -70,13 +105,50 @@ class StaircaseLayout:
         mask = (shown[:, :, :, None, :] == blocks) & causal[:, None, :, None, :]  # [B, m, S, m, S]
         return mask.reshape(-1, m * S, m * S)
 
-    def document_layouts(self) -> list[tuple[int, slice, StaircaseLayout]]:
-        """(batch index, positions, layout of its own) of every document of packed rows."""
-        assert self.documents is not None
-        return [
-            (index, where, StaircaseLayout(self.staircase, self.entries[index : index + 1, where]))
-            for index, where in document_slices(self.documents)
-        ]
+    # -- what the fast twin of attention needs -----------------------------------------------------------------------
+
+    @property
+    def span(self) -> int:
+        """c >= n: a position at least c back shows its deepest row to every row (and tiles under 8 are slow)."""
+        return max(8, self.staircase.num_stages)
+
+    @cached_property
+    def near_mask(self) -> Tensor:
+        """[B, t, c, m, 2 c, m] bool, t tiles of c positions: the rows less than c back that a row of a tile sees.
+
+        The columns are the rows of the previous and of the own tile, position by position. Padding sees padding, so
+        that no row is without anything to see.
+        """
+        c, n = self.span, self.staircase.num_stages
+        device = self.entries.device
+        documents = torch.zeros_like(self.entries) if self.documents is None else self.documents
+        around = (c, -self.length % c)
+        cycles = F.pad(self.entries, around).unfold(1, 2 * c, c)  # [B, t, 2 c]
+        numbers = F.pad(documents, around, value=torch.iinfo(documents.dtype).min).unfold(1, 2 * c, c)
+        elapsed = (cycles[:, :, c:, None] - cycles[:, :, None, :]).clamp(0, n)  # [B, t, c, 2 c]
+        distance = torch.arange(c, 2 * c, device=device)[:, None] - torch.arange(2 * c, device=device)
+        near = (numbers[:, :, c:, None] == numbers[:, :, None, :]) & (distance >= 0) & (distance < c)
+        shown = self.shown_table[:, elapsed].movedim(0, 3)  # [B, t, c, m, 2 c]
+        blocks = torch.arange(len(self.shown_table), device=device)
+        return (shown[..., None] == blocks) & near[:, :, :, None, :, None]
+
+    def seen_by(self, rows: Rows) -> Rows:
+        """The rows that some of these rows see: themselves among them, and every position's deepest one."""
+        c = self.span
+        asking = F.pad(rows.chosen, (0, 0, 0, -self.length % c)).unflatten(1, (-1, c))
+        mask = self.near_mask[:, :, :, list(rows.blocks)] & asking[..., None, None]
+        windows = mask.flatten(2, 3).any(2)  # [B, t, 2 c, m]
+        seen = windows[:, :, c:].clone()
+        seen[:, :-1] |= windows[:, 1:, :c]
+        seen = seen.flatten(1, 2)[:, : self.length]
+        seen[..., -1] = True
+        return Rows(seen, range(seen.shape[2]))
+
+    def segments(self) -> list[tuple[slice, slice]]:
+        """(sequences, positions) that one causal attention covers: the whole batch, or each document by itself."""
+        if self.documents is None:
+            return [(slice(0, self.batch_size), slice(0, self.length))]
+        return [(slice(index, index + 1), where) for index, where in document_slices(self.documents)]
 
 
 def document_slices(documents: Tensor) -> list[tuple[int, slice]]:

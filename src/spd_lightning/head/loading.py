@@ -65,19 +65,20 @@ def new_head(
 
     The lm_head starts as the target's rows of the draft vocabulary and the norm is the target's. W_k starts as the
     identity on its deepest anchor, so that a row is a hidden state the target itself could have passed on. The layers
-    start as a fresh target layer would: normal weights of its `initializer_range`.
+    start from normal weights of variance 1 / fan_in, whatever the width, and what writes into the residual stream is
+    divided by the number of writers: weights of the usual 0.02 hardly speak at a hidden size of 256 and learn late.
 
     Raises:
         InputError: for anchors or a draft vocabulary that do not fit the target.
     """
     random = torch.Generator().manual_seed(seed)
-    std = getattr(target.config, "initializer_range", 0.02)
     # on the CPU, so that a seed gives the same head everywhere: Lightning sets the accelerator as default device
     with torch.no_grad(), torch.device("cpu"):
         head = SpeculationHead(head_config(target, num_layers, anchors, draft_token_ids))
-        for module in head.layers.modules():
-            if isinstance(module, torch.nn.Linear):
-                module.weight.normal_(0, std, generator=random)
+        for name, weight in head.layers.named_parameters():
+            if weight.ndim == 2:
+                writes = name.endswith(("o_proj.weight", "down_proj.weight"))
+                weight.normal_(0, weight.shape[1] ** -0.5 / (2 * num_layers if writes else 1), generator=random)
         identity = torch.eye(head.config.hidden_size)
         for weight in head.aggregation.parameters():
             weight.zero_()
@@ -210,9 +211,12 @@ def _from_checkpoint(path: Path) -> SpeculationHead:
         data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # zip, pickle and runtime errors: a damaged file raises any of them
         raise InputError(f"{path} cannot be read as a checkpoint: it is truncated or damaged.") from error
-    if "head_config" not in data or "state_dict" not in data:
+    if not isinstance(data, dict) or "head_config" not in data or "state_dict" not in data:
         raise InputError(f"{path} is not a checkpoint of a head training run (no head_config in it).")
-    config = HeadConfig(**data["head_config"])
+    try:
+        config = HeadConfig(**data["head_config"])
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{path}: its head_config describes no head: {error}") from error
     weights = {
         name.removeprefix(CHECKPOINT_PREFIX): tensor
         for name, tensor in data["state_dict"].items()
@@ -226,8 +230,11 @@ def _filled(config: HeadConfig, weights: dict[str, Tensor], where: Path) -> Spec
 
     Built on the meta device first, so that a hostile config cannot allocate before it is checked against the file.
     """
-    with torch.device("meta"):
-        expected = {name: tensor.shape for name, tensor in SpeculationHead(config).state_dict().items()}
+    try:
+        with torch.device("meta"):
+            expected = {name: tensor.shape for name, tensor in SpeculationHead(config).state_dict().items()}
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:  # an activation or RoPE that nobody knows
+        raise InputError(f"The config of {where} describes no head: {type(error).__name__}: {error}") from error
     found = {name: tensor.shape for name, tensor in weights.items()}
     wrong = [
         f"{name}: expected {_shape(expected.get(name))}, found {_shape(found.get(name))}"

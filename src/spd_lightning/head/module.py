@@ -10,6 +10,7 @@ V_d draft vocabulary, P prompt tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import cast
 
 import torch
@@ -21,7 +22,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from spd_lightning.head.attention import staircase_attention
 from spd_lightning.head.config import HeadConfig
-from spd_lightning.head.layout import StaircaseLayout
+from spd_lightning.head.layout import Rows, StaircaseLayout
 
 Rotary = tuple[Tensor, Tensor]
 
@@ -138,10 +139,14 @@ class SpeculationHead(nn.Module):
         """Draft logits [..., V_d] of the last layer's output [..., H]."""
         return self.lm_head(self.norm(hidden))
 
-    def aggregate(self, states: Sequence[Tensor]) -> Tensor:
-        """Anchor states, m_all tensors [B, S, H], to rows [B, m, S, H] of the reachable blocks."""
-        rows = [self.aggregation[k](torch.cat(list(states[: k + 1]), dim=-1)) for k in self.staircase.reachable_blocks]
-        return torch.stack(rows, dim=1)
+    def aggregate(self, states: Sequence[Tensor], rows: Rows) -> Tensor:
+        """Anchor states, one [B, S, H] per anchor, to some rows [R, H]."""
+        H = self.config.hidden_size
+        anchors = torch.cat(list(states), dim=-1).flatten(0, 1)
+        blocks = [self.staircase.reachable_blocks[r] for r in rows.blocks]
+        return torch.cat(
+            [self.aggregation[k](anchors[place, : (k + 1) * H]) for k, place in zip(blocks, rows.places, strict=True)]
+        )
 
     # -- the training view: all rows of whole sequences -------------------------------------------------------------
 
@@ -160,36 +165,31 @@ class SpeculationHead(nn.Module):
             states: one [B, S, H] per anchor.
             layout: entry cycles (and documents) of the batch.
             position_ids: [B, S] RoPE positions; 0..S-1 where None.
-            select: [B, S] bool: compute the last layer's output for these positions only, returned as [P, H] in
-                row-major order. Keys and values are computed for all rows all the same.
+            select: [B, S] bool: the positions that are asked for, returned as [P, H] in row-major order. A row that
+                none of them depends on is computed in no layer: a prompt costs one row per position, not m.
             all_rows: return [B, m, S, H], every row (parity tests, losses on all rows).
             dense: see `staircase_attention`.
 
         Returns:
             [B, S, H], or [P, H] with `select`, or [B, m, S, H] with `all_rows`.
         """
-        x = self.aggregate(states)
-        blocks = range(x.shape[1])
-        if position_ids is None:
-            position_ids = torch.arange(x.shape[2], device=x.device)[None]
-        rotary = self._rotary(x, position_ids[:, None])  # [B, 1, S, D]: the same for every block
-        for layer in self._layers[:-1]:
-            normed = layer.input_layernorm(x)
-            q = layer.self_attn.query(normed, rotary)
-            k, v = layer.self_attn.key_value(normed, rotary)
-            x = layer.finish(x, staircase_attention(q, k, v, layout, blocks, dense))
-        last = self._layers[-1]
-        normed = last.input_layernorm(x)
-        k, v = last.self_attn.key_value(normed, rotary)
-        asked = blocks if all_rows else blocks[:1]
-        q = last.self_attn.query(normed[:, : len(asked)], rotary)
-        attended = staircase_attention(q, k, v, layout, asked, dense)
-        if all_rows:
-            return last.finish(x, attended)
-        x, attended = x[:, 0], attended[:, 0]
+        B, S = layout.entries.shape
+        blocks = range(len(self.staircase.reachable_blocks) if all_rows else 1)
+        asked = layout.entries.new_ones(B, S, len(blocks), dtype=torch.bool)
         if select is not None:
-            x, attended = x[select], attended[select]
-        return last.finish(x, attended)
+            asked &= select[:, :, None]
+        needed = [Rows(asked, blocks)]  # from the last layer's output back to the first layer's input
+        for _ in self.layers:
+            needed.append(layout.seen_by(needed[-1]))
+        if position_ids is None:
+            position_ids = torch.arange(S, device=asked.device)[None]
+        rotary = self._rotary(states[0], position_ids.expand(B, S))
+        x = self.aggregate(states, needed[-1])
+        for layer, (rows, asking) in zip(self._layers, pairwise(reversed(needed)), strict=True):
+            x = _train_layer(layer, x, rows, asking, rotary, layout, dense)
+        if all_rows:
+            return needed[0].spread(x)
+        return x if select is not None else x.view(B, S, -1)
 
     # -- the decoding view: the rows of one cycle ------------------------------------------------------------------
 
@@ -265,6 +265,27 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     cos, sin = (part.unsqueeze(-2) for part in rotary)
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def _train_layer(
+    layer: HeadLayer,
+    x: Tensor,
+    rows: Rows,
+    asking: Rows,
+    rotary: Rotary,
+    layout: StaircaseLayout,
+    dense: bool | None,
+) -> Tensor:
+    """One layer of the training view: some of the rows x [R, H] are `asking`; they attend to all, and go on."""
+    cos, sin = (table.flatten(0, 1) for table in rotary)  # [B S, D]
+    place, where = torch.cat(rows.places), rows.find(asking)
+    normed = layer.input_layernorm(x)
+    key, value = layer.self_attn.key_value(normed, (cos[place], sin[place]))
+    query = layer.self_attn.query(normed[where], (cos[place[where]], sin[place[where]]))
+    attended = staircase_attention(
+        asking.spread(query), rows.spread(key), rows.spread(value), layout, asking.blocks, dense, asking.chosen
+    )
+    return layer.finish(x[where], asking.collect(attended))
 
 
 def _attend(

@@ -31,21 +31,26 @@ def read_version_11(path: Path, target: Target | None) -> SpeculationHead:
         )
     try:
         data = torch.load(path, map_location="cpu", weights_only=True)
-        weights, published = data["state_dict"], data["config"]
-    except Exception as error:  # zip, pickle and key errors: a damaged file raises any of them
+        weights, published = dict(data["state_dict"]), dict(data["config"])
+    except Exception as error:  # zip, pickle, key and type errors: a damaged file raises any of them
         raise InputError(f"{path} cannot be read as a version-11 head: it is damaged or of another kind.") from error
     if published.get("version") != 11:
         raise InputError(f"{path} has checkpoint version {published.get('version')!r}: only version 11 can be read.")
     for what, value in (("hidden_size", target.hidden_size), ("vocab_size", target.vocab_size)):
-        if published[what] != value:
-            raise InputError(f"The head does not fit the target: {what} is {published[what]} in {path}, {value} there.")
-    head = SpeculationHead(_config(published, weights, target))
+        if published.get(what) != value:
+            raise InputError(
+                f"The head does not fit the target: {what} is {published.get(what)} in {path}, {value} there."
+            )
+    try:
+        head = SpeculationHead(_config(published, weights, target))
+    except KeyError as error:
+        raise InputError(f"{path} is no complete version-11 head: {error} is missing.") from error
     renamed = {_rename(name): tensor.float() for name, tensor in weights.items()}
     renamed["norm.weight"] = target.norm.weight.detach().float().cpu()
     try:
         head.load_state_dict(renamed)
     except RuntimeError as error:
-        raise InputError(f"{path} does not fit its own config: {str(error).splitlines()[1].strip()}") from error
+        raise InputError(f"{path} does not fit its own config: {str(error).splitlines()[1].strip()[:300]}") from error
     return head
 
 

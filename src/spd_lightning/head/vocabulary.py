@@ -15,7 +15,7 @@ def read_draft_vocabulary(path: str | Path, vocab_size: int) -> tuple[int, ...]:
     except (OSError, ValueError) as error:
         raise InputError(f"draft_vocabulary={str(path)!r} cannot be read: {error}") from error
     ids = data.get("token_ids") if isinstance(data, dict) else None
-    if not isinstance(ids, list) or not ids or not all(isinstance(i, int) for i in ids):
+    if not isinstance(ids, list) or not ids or not all(type(i) is int for i in ids):
         raise InputError(f'draft_vocabulary={str(path)!r}: expected {{"token_ids": [one or more integers]}}.')
     ordered = tuple(sorted(set(ids)))
     if len(ordered) != len(ids) or ordered[0] < 0 or ordered[-1] >= vocab_size:

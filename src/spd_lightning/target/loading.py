@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PretrainedConfig
@@ -60,13 +61,21 @@ def load_target(
     place = torch.device(device or "cpu")
     kind = resolve_dtype(dtype, place)
     try:
-        model = AutoModelForCausalLM.from_pretrained(_source(path_or_id), dtype=kind, revision=revision)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            _source(path_or_id), dtype=kind, revision=revision, output_loading_info=True
+        )
     except Exception as error:  # safetensors, torch, OS and hub errors have no common base
         raise InputError(
             f"target={str(path_or_id)!r}: its weights cannot be read ({_first_line(error)}). Expected complete "
             "*.safetensors files that match config.json; download or copy the model again."
         ) from error
-    model.to(place)  # type: ignore[arg-type]
+    model, found = loaded
+    if missing := sorted(found["missing_keys"]):  # transformers would leave them random
+        raise InputError(
+            f"target={str(path_or_id)!r}: its weights lack {missing[0]} ({len(missing)} tensors that config.json "
+            "describes). Expected complete *.safetensors files that match config.json."
+        )
+    model.to(place)
     return Target(model, split, source=str(path_or_id), revision=revision)
 
 
@@ -82,7 +91,7 @@ def check_target(path_or_id: str | Path, revision: str | None = None) -> Pretrai
     _check_folder(source)
     try:
         config = AutoConfig.from_pretrained(source, revision=revision)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a field of a wrong type raises an error class of huggingface_hub's own
         raise InputError(f"target={str(path_or_id)!r} has no readable config.json: {_first_line(error)}") from error
     if reason := unsupported_reason(config.get_text_config()):
         raise InputError(f"target={str(path_or_id)!r} cannot be a target: {reason}.")

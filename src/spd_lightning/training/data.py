@@ -72,6 +72,7 @@ class SpdDataModule(L.LightningDataModule):
     def setup(self, stage: str) -> None:
         if stage == "fit" and not self.train_samples:
             self.train_samples = load_samples("data.train", self.train_files, self.encoder)
+            self.batches()  # refuses too few conversations before the target is loaded
         if not self.validation_set:
             self.validation_set = load_samples("data.validation", self.validation_files, self.encoder)
 
@@ -93,10 +94,13 @@ class SpdDataModule(L.LightningDataModule):
         return found[skip : skip + count]
 
     def train_dataloader(self) -> DataLoader[Batch]:
+        return self._loader(self.train_samples, self.batches())
+
+    def batches(self) -> BucketedBatches:
+        """This rank's training batches."""
         trainer = self.trainer
         rank, world = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
-        batches = BucketedBatches([len(s.ids) for s in self.train_samples], self.batch_size, self.seed, rank, world)
-        return self._loader(self.train_samples, batches)
+        return BucketedBatches([len(s.ids) for s in self.train_samples], self.batch_size, self.seed, rank, world)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         trainer = self.trainer
@@ -188,10 +192,11 @@ class BucketedBatches:
 def load_samples(field: str, files: Sequence[Path], encoder: ChatEncoder) -> list[Sample]:
     """All conversations with at least one labelled token; InputError for an unreadable or empty source."""
     from datasets import load_dataset
-    from datasets.utils.logging import disable_progress_bar
+    from datasets.utils.logging import CRITICAL, disable_progress_bar, set_verbosity
     from rich.progress import track
 
     disable_progress_bar()
+    set_verbosity(CRITICAL)  # it logs what it raises, too
     names = [str(file) for file in files]
     for file in files:
         if not file.is_file():

@@ -75,8 +75,9 @@ class SpdModule(L.LightningModule):
                 raise InputError(f"model.{name}={value}: expected a number from {low} to {high}.")
         if not learning_rate > 0:
             raise InputError(f"model.learning_rate={learning_rate}: expected a positive number.")
-        if loss_chunk < 1:
-            raise InputError(f"model.loss_chunk={loss_chunk}: expected at least 1.")
+        for name, value in (("num_layers", num_layers), ("loss_chunk", loss_chunk)):
+            if value < 1:
+                raise InputError(f"model.{name}={value}: expected at least 1.")
         self.strict_loading = False  # the frozen target is in no checkpoint; missing HEAD keys are refused below
         self.tokens_seen = 0
         self.statistics_due = 0  # the optimizer step after which training statistics are logged

@@ -11,24 +11,14 @@ run_dir/
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import platform
-import subprocess
-import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
-from lightning.pytorch.utilities import rank_zero_only
 
 from spd_lightning.decoding.decoder import CycleEvent, SpdDecoder
 from spd_lightning.decoding.evaluation import (
@@ -40,18 +30,18 @@ from spd_lightning.decoding.evaluation import (
     evaluate,
     losslessness,
 )
+from spd_lightning.decoding.sampling import Sampling
 from spd_lightning.errors import InputError
 from spd_lightning.head.loading import CHECKPOINT_PREFIX, load_head, save_head
+from spd_lightning.target.loading import check_target
 from spd_lightning.training.data import SpdDataModule
 from spd_lightning.training.loggers import JsonLinesLogger
 from spd_lightning.training.module import SpdModule
+from spd_lightning.training.record import RunRecord, fingerprint, new_run_directory, plain
 from spd_lightning.training.validation import BrokenInvariantError, DecodingValidation
 
-_RUN_DIRECTORY = "SPD_RUN_DIRECTORY"
-_PACKAGES = ("torch", "lightning", "transformers", "datasets", "spd_lightning")
 
-
-@dataclass
+@dataclass(frozen=True)
 class FinalEvaluation:
     """What is decoded after training, on held-out prompts that no validation has used.
 
@@ -67,46 +57,23 @@ class FinalEvaluation:
     temperatures: list[float] = field(default_factory=lambda: [0.0, 1.0])
     baselines: bool = True
 
-
-@dataclass
-class RunRecord:
-    """run.json: everything needed to know what a run was and what came out; rewritten atomically at every step."""
-
-    directory: Path
-    config: dict[str, Any]
-    argv: list[str] = field(default_factory=lambda: ["spd-lightning", *sys.argv[1:]])
-    began: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
-    seconds: dict[str, float] = field(default_factory=dict)
-    data: dict[str, Any] = field(default_factory=dict)
-    results: dict[str, Any] = field(default_factory=dict)
-    status: str = "running"
-
-    @rank_zero_only
-    def save(self) -> None:
-        content = asdict(self) | {"directory": self.directory.name, "commit": _commit(), "versions": _versions()}
-        content["config"] = self.config
-        temporary = self.directory / ".run.json"
-        temporary.write_text(json.dumps(content, indent=2, default=str) + "\n")
-        temporary.replace(self.directory / "run.json")
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Time a phase and save the record when it ends, whatever ends it."""
-        began = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - began, 2)
-            self.save()
+    def __post_init__(self) -> None:
+        for name, value, least in (("prompts", self.prompts, 0), ("max_new_tokens", self.max_new_tokens, 2)):
+            if value < least:
+                raise InputError(f"final.{name}={value}: expected at least {least}.")
+        for temperature in self.temperatures:
+            Sampling(temperature)  # refuses what is no temperature
+        if len(set(self.temperatures)) != len(self.temperatures):
+            raise InputError(f"final.temperatures={list(self.temperatures)}: expected distinct numbers.")
 
 
 def fit(cli: Any) -> Path:
     """The main job: check, train with real decoding in every validation, evaluate, report."""
     module, data, trainer = cli.model, cli.datamodule, cli.trainer
-    final = FinalEvaluation(**_plain(cli.config["final"]))
+    final = FinalEvaluation(**plain(cli.config["final"]))
     staircase = module.check()
     directory = new_run_directory(Path(cli.config["run_dir"]))
-    record = RunRecord(directory, _plain(cli.config))
+    record = RunRecord(directory, plain(cli.config))
     record.save()
     if trainer.is_global_zero:
         (directory / "config.yaml").write_text(cli.parser.dump(cli.config))
@@ -114,10 +81,8 @@ def fit(cli: Any) -> Path:
         with record.phase("load data"):
             data.setup("fit")
             record.data = fingerprint(data)
-            seen = max(_decoding_prompts(trainer), data.validation_samples)  # by validations
-            data.prompts(_decoding_prompts(trainer))
-            if final.prompts:
-                data.prompts(final.prompts, skip=seen)
+            seen = max(_validation_decoding(trainer).prompts, data.validation_samples)  # by validations
+            _check_lengths(module, data, _validation_decoding(trainer), final, seen)
         _attach(trainer, directory)
         with record.phase("train and validate"):
             trainer.fit(module, datamodule=data, ckpt_path=cli.config.get("ckpt_path"))
@@ -150,49 +115,6 @@ def validate(cli: Any) -> list[Any]:
     return trainer.validate(module, datamodule=data, ckpt_path=cli.config.get("ckpt_path"))
 
 
-def new_run_directory(wanted: Path) -> Path:
-    """`wanted`, or `wanted-2`, `wanted-3`, ... where it holds a run already: a run never overwrites another.
-
-    Only the first process of a run creates it; the others write nothing and get what it was called, if they know.
-    """
-    if rank_zero_only.rank:  # type: ignore[attr-defined]
-        return Path(os.environ.get(_RUN_DIRECTORY, wanted))
-    path = _first_free(wanted)
-    os.environ[_RUN_DIRECTORY] = str(path)  # for the processes that a launcher starts from this one
-    return path
-
-
-def _first_free(wanted: Path) -> Path:
-    number, path = 1, wanted
-    while True:
-        try:
-            path.mkdir(parents=True)
-            return path
-        except FileExistsError:
-            if path.is_dir() and not any(path.iterdir()):
-                return path
-            number += 1
-            path = wanted.with_name(f"{wanted.name}-{number}")
-        except OSError as error:
-            raise InputError(f"run_dir={str(wanted)!r} cannot be created: {error.strerror}. Set run_dir.") from error
-
-
-def fingerprint(data: SpdDataModule) -> dict[str, Any]:
-    """Digest and size of what the run learns from and is tested on, after tokenisation."""
-    result = {}
-    for name, samples in (("train", data.train_samples), ("validation", data.validation_set)):
-        digest = hashlib.sha256()
-        for sample in samples:
-            digest.update(repr((sample.ids, sample.turn_starts)).encode())
-        result[name] = {
-            "conversations": len(samples),
-            "tokens": sum(len(s.ids) for s in samples),
-            "labelled_share": round(sum(map(sum, (s.labelled for s in samples))) / sum(len(s.ids) for s in samples), 4),
-            "sha256": digest.hexdigest(),
-        }
-    return result
-
-
 # -- pieces of fit -----------------------------------------------------------------------------------------------------
 
 
@@ -209,8 +131,9 @@ def _attach(trainer: L.Trainer, directory: Path) -> None:
             auto_insert_metric_name=False,
             monitor="val/acceptance",  # what counts is what the decoder accepts, not the loss
             mode="max",
-            save_last=True,
         ),
+        # not save_last, which copies a checkpoint only when it is the best: a resumed run would lose what came after
+        ModelCheckpoint(directory / "checkpoints", filename="last", enable_version_counter=False),
         LearningRateMonitor("step"),
     ]
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
@@ -218,9 +141,26 @@ def _attach(trainer: L.Trainer, directory: Path) -> None:
             callback.directory = str(directory / "checkpoints")
 
 
-def _decoding_prompts(trainer: L.Trainer) -> int:
+def _validation_decoding(trainer: L.Trainer) -> DecodingValidation:
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    return sum(c.prompts for c in callbacks if isinstance(c, DecodingValidation))
+    return next(callback for callback in callbacks if isinstance(callback, DecodingValidation))
+
+
+def _check_lengths(
+    module: SpdModule, data: SpdDataModule, decoding: DecodingValidation, final: FinalEvaluation, seen: int
+) -> None:
+    """Refuse before training what decoding could only refuse after it: too few prompts, or too long ones."""
+    context = check_target(module.settings.target, module.settings.revision).get_text_config().max_position_embeddings
+    jobs = [("decoding", decoding.max_new_tokens, data.prompts(decoding.prompts))]
+    if final.prompts:
+        jobs.append(("final", final.max_new_tokens, data.prompts(final.prompts, skip=seen)))
+    for field_name, new_tokens, prompts in jobs:
+        longest = max(map(len, prompts))
+        if longest + new_tokens > context:
+            raise InputError(
+                f"{field_name}.max_new_tokens={new_tokens}: with a held-out prompt of {longest} tokens that exceeds "
+                f"the target's context of {context} tokens. Lower it, or data.max_length."
+            )
 
 
 def _export_best(trainer: L.Trainer, module: SpdModule, directory: Path) -> float | None:
@@ -342,34 +282,3 @@ def _plots(record: RunRecord, module: SpdModule, data: SpdDataModule) -> None:
 
 def _acceptance(result: Result) -> float:
     return result.pooled.acceptance or 0.0
-
-
-def _plain(config: Any) -> Any:
-    """A jsonargparse namespace as plain dicts and lists."""
-    if hasattr(config, "as_dict"):
-        return _plain(config.as_dict())
-    if isinstance(config, dict):
-        return {key: _plain(value) for key, value in config.items()}
-    if isinstance(config, (list, tuple)):
-        return [_plain(value) for value in config]
-    return config
-
-
-def _commit() -> str | None:
-    """Commit of the source tree, `+` appended if it has changes; None outside a checkout."""
-    root = Path(__file__).resolve().parent
-    options: dict[str, Any] = {"cwd": root, "capture_output": True, "text": True, "timeout": 10}
-    try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], **options)
-        dirty = subprocess.run(["git", "status", "--porcelain"], **options)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "") if head.returncode == 0 else None
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _PACKAGES:
-        with suppress(PackageNotFoundError):  # a source tree on the path need not be installed
-            found[name] = version(name)
-    return {"python": platform.python_version(), "cores": str(os.cpu_count()), **found}

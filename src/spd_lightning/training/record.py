@@ -1,0 +1,132 @@
+"""What a run leaves behind besides weights: its directory, and run.json, rewritten atomically as results come in."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_only
+
+from spd_lightning.errors import InputError
+from spd_lightning.training.data import SpdDataModule
+
+_RUN_DIRECTORY = "SPD_RUN_DIRECTORY"
+_PACKAGES = ("torch", "lightning", "transformers", "datasets", "spd_lightning")
+
+
+@dataclass
+class RunRecord:
+    """run.json: everything needed to know what a run was and what came out; rewritten atomically at every step."""
+
+    directory: Path
+    config: dict[str, Any]
+    argv: list[str] = field(default_factory=lambda: ["spd-lightning", *sys.argv[1:]])
+    began: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
+    seconds: dict[str, float] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    results: dict[str, Any] = field(default_factory=dict)
+    status: str = "running"
+
+    @rank_zero_only
+    def save(self) -> None:
+        content = asdict(self) | {"directory": self.directory.name, "commit": _commit(), "versions": _versions()}
+        content["config"] = self.config
+        temporary = self.directory / ".run.json"
+        temporary.write_text(json.dumps(content, indent=2, default=str) + "\n")
+        temporary.replace(self.directory / "run.json")
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time a phase and save the record when it ends, whatever ends it."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - began, 2)
+            self.save()
+
+
+def new_run_directory(wanted: Path) -> Path:
+    """`wanted`, or `wanted-2`, `wanted-3`, ... where it holds a run already: a run never overwrites another.
+
+    Only the first process of a run creates it; the others write nothing and get what it was called, if they know.
+    """
+    if rank_zero_only.rank:  # type: ignore[attr-defined]
+        return Path(os.environ.get(_RUN_DIRECTORY, wanted))
+    path = _first_free(wanted)
+    os.environ[_RUN_DIRECTORY] = str(path)  # for the processes that a launcher starts from this one
+    return path
+
+
+def _first_free(wanted: Path) -> Path:
+    number, path = 1, wanted
+    while True:
+        try:
+            path.mkdir(parents=True)
+            return path
+        except FileExistsError:
+            if path.is_dir() and not any(path.iterdir()):
+                return path
+            number += 1
+            path = wanted.with_name(f"{wanted.name}-{number}")
+        except OSError as error:
+            raise InputError(f"run_dir={str(wanted)!r} cannot be created: {error.strerror}. Set run_dir.") from error
+
+
+def fingerprint(data: SpdDataModule) -> dict[str, Any]:
+    """Digest and size of what the run learns from and is tested on, after tokenisation."""
+    result = {}
+    for name, samples in (("train", data.train_samples), ("validation", data.validation_set)):
+        digest = hashlib.sha256()
+        for sample in samples:
+            digest.update(repr((sample.ids, sample.turn_starts)).encode())
+        result[name] = {
+            "conversations": len(samples),
+            "tokens": sum(len(s.ids) for s in samples),
+            "labelled_share": round(sum(map(sum, (s.labelled for s in samples))) / sum(len(s.ids) for s in samples), 4),
+            "sha256": digest.hexdigest(),
+        }
+    return result
+
+
+def plain(config: Any) -> Any:
+    """A jsonargparse namespace as plain dicts and lists."""
+    if hasattr(config, "as_dict"):
+        return plain(config.as_dict())
+    if isinstance(config, dict):
+        return {key: plain(value) for key, value in config.items()}
+    if isinstance(config, (list, tuple)):
+        return [plain(value) for value in config]
+    return config
+
+
+def _commit() -> str | None:
+    """Commit of the source tree, `+` appended if it has changes; None outside a checkout."""
+    root = Path(__file__).resolve().parent
+    options: dict[str, Any] = {"cwd": root, "capture_output": True, "text": True, "timeout": 10}
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], **options)
+        dirty = subprocess.run(["git", "status", "--porcelain"], **options)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "") if head.returncode == 0 else None
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _PACKAGES:
+        with suppress(PackageNotFoundError):  # a source tree on the path need not be installed
+            found[name] = version(name)
+    return {"python": platform.python_version(), "cores": str(os.cpu_count()), **found}
