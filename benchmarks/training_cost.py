@@ -2,20 +2,19 @@
 
 Everything is measured against a dense computation IN THE SAME RUN, alternately (A B A B ...), on one thread in float32:
 
-  attention  forward and backward of `staircase_attention`, fast path against dense mask (the mask built beforehand).
-  step       target forward, head forward, loss, backward, AdamW on a tiny Llama (hidden 128, 8 layers; n = 8, 2 head
-             layers, m = 5, batch 1), as published implementations do it - one dense (m S)^2 mask per length, every row in
-             every layer, logits at every position, float32 copies of the target's logits - against ours.
+  attention  forward and backward of `staircase_attention`, fast path against dense mask (which is built beforehand).
+  step       target forward, head forward, loss, backward and AdamW on a tiny Llama (hidden 128, 8 layers; n = 8, 2 head
+             layers, m = 5, batch 1). Dense: as published, with one (m S)^2 mask per length, every row in every layer,
+             logits at every position and a float32 copy of the target's. Ours: what `fit` runs.
   memory     peak memory of both above start, each in a fresh process.
-  profile    where our step's time goes, by phase and by kind of work, with the FLOP rate of the heavy kinds.
+  profile    where the time of both steps goes, by phase and kind of work, with the arithmetic of the heavy kinds.
 
 Examples:
-  python benchmarks/training_cost.py                                   all of it (about half an hour on one idle core)
+  python benchmarks/training_cost.py                                   all of it (some 20 minutes on an idle core)
   python benchmarks/training_cost.py --parts step --lengths 512        one comparison, one minute
   python benchmarks/training_cost.py --name trial --repeats 3          a record of another name
 
-Prints tables and writes benchmarks/records/NAME.json. Close other programs, or trust the ratios and the processor times
-only.
+Prints tables and writes benchmarks/records/NAME.json. On a busy machine trust ratios and processor times only.
 """
 
 from __future__ import annotations
@@ -25,12 +24,13 @@ import math
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from common import (
+    Timing,
     console,
     interleaved,
     median_cpu,
@@ -56,7 +56,6 @@ N_STAGES, LAYERS, HIDDEN, INTERMEDIATE, HEADS, HEAD_LAYERS = 8, 8, 128, 344, 4, 
 ANCHORS = (0, 1, 3, 6, 7)
 STAIRCASE = Staircase((LAYERS // N_STAGES,) * N_STAGES, ANCHORS)
 RESTART_RATE = 0.15
-LOSS_CHUNK = 128
 PARTS = ("attention", "step", "memory", "profile")
 
 
@@ -80,11 +79,11 @@ class MaskOnce(StaircaseLayout):
         return self._mask
 
 
-def attention_case(S: int, heads: int, head_dim: int, dense: bool) -> Callable[[], None]:
+def attention_case(S: int, head_dim: int, dense: bool) -> Callable[[], None]:
     """Forward and backward of one call over all m blocks."""
     m = len(STAIRCASE.reachable_blocks)
     random = torch.Generator().manual_seed(0)
-    rows = [torch.randn(1, S, m, heads, head_dim, generator=random).transpose(1, 2) for _ in range(4)]
+    rows = [torch.randn(1, S, m, HEADS, head_dim, generator=random).transpose(1, 2) for _ in range(4)]
     query, key, value = (x.requires_grad_() for x in rows[:3])
     layout = MaskOnce(STAIRCASE, random_entries(S))
     if dense:
@@ -101,13 +100,9 @@ def measure_attention(lengths: list[int], repeats: int) -> list[dict[str, Any]]:
     results = []
     for head_dim in (HIDDEN // HEADS, 64):
         for S in lengths:
-            cases = {
-                "dense": attention_case(S, HEADS, head_dim, True),
-                "fast": attention_case(S, HEADS, head_dim, False),
-            }
+            cases = {name: attention_case(S, head_dim, dense=name == "dense") for name in ("dense", "fast")}
             runs = interleaved(cases, rounds(repeats, S), f"attention {HEADS}x{head_dim}, S={S}")
-            speedup = ratios(runs["dense"], runs["fast"])
-            results.append({"S": S, "heads": HEADS, "head_dim": head_dim, **milliseconds(runs), "speedup": speedup})
+            results += [{"head_dim": head_dim, **row} for row in compared(runs, S)]
     return results
 
 
@@ -162,7 +157,6 @@ class Setting:
                 draft_ids=None,
                 fills=layout.fills()[select],
                 num_stages=N_STAGES,
-                chunk=LOSS_CHUNK,
                 statistics=False,
             )
         self.update(loss / select.sum())
@@ -197,21 +191,29 @@ def measure_steps(setting: Setting, lengths: list[int], dense_up_to: int, repeat
     results = []
     for S in lengths:
         cases: dict[str, Callable[[], object]] = {
-            "dense": lambda S=S: setting.dense_step(S),
-            "ours": lambda S=S: setting.our_step(S),
-            "ours, half supervised": lambda S=S: setting.our_step(S, 0.5),
-            "target forward alone": lambda S=S: setting.target(setting.tokens(S), ANCHORS),
+            "dense": partial(setting.dense_step, S),
+            "ours": partial(setting.our_step, S),
+            "ours, half of S supervised": partial(setting.our_step, S, 0.5),
+            "target forward alone": partial(setting.target, setting.tokens(S), ANCHORS),
         }
         if dense_up_to < S:
             del cases["dense"]
         runs = interleaved(cases, rounds(repeats, S), f"step, S={S}")
         setting.masks.clear()
-        result: dict[str, Any] = {"S": S, **milliseconds(runs)}
-        result["tokens_per_s"] = {name: S / median_wall(times) for name, times in runs.items()}
-        if "dense" in runs:
-            result["speedup"] = {name: ratios(runs["dense"], runs[name]) for name in runs if name.startswith("ours")}
-        results.append(result)
+        results += compared(runs, S)
     return results
+
+
+def compared(runs: dict[str, list[Timing]], S: int) -> list[dict[str, Any]]:
+    """A row per case; `dense_over` is how many times as long the dense case of the same round took."""
+    rows = []
+    for name, times in runs.items():
+        row: dict[str, Any] = {"S": S, "case": name, "rounds": len(times), "ms": 1e3 * median_wall(times)}
+        row |= {"cpu_ms": 1e3 * median_cpu(times), "tokens_per_s": S / median_wall(times)}
+        if "dense" in runs:
+            row |= {"dense_over": ratios(runs["dense"], times)}
+        rows.append(row)
+    return rows
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------
@@ -221,8 +223,8 @@ def memory_case(case: str, S: int, vocabulary: int) -> float:
     """MiB above start of one case; runs in a process of its own, warmed up at S = 64."""
     if case.startswith("attention"):
         dense = case == "attention dense"
-        attention_case(64, HEADS, 64, dense)()
-        return peak_above_start(lambda: attention_case(S, HEADS, 64, dense)())
+        attention_case(64, 64, dense)()
+        return peak_above_start(lambda: attention_case(S, 64, dense)())
     setting = Setting(vocabulary)
     step = setting.dense_step if case == "step dense" else setting.our_step
     step(64)
@@ -264,27 +266,25 @@ def fitted_exponent(values: dict[int, float]) -> float | None:
 # -- where the time goes -----------------------------------------------------------------------------------------------
 
 
-def kind_of_work(name: str, shapes: list[list[int]], phase: str, vocabulary: int) -> tuple[str, float]:
+def kind_of_work(name: str, shapes: list[list[int]], phase: str, S: int, vocabulary: int) -> tuple[str, float]:
     """(kind, floating point operations) of a profiled operation, told by its name and input shapes."""
     if name == "aten::mm":
-        (rows, inner), (_, columns) = shapes[0], shapes[1]
-        sizes, flops = {rows, inner, columns}, 2.0 * rows * inner * columns
+        sizes = [*shapes[0], shapes[1][1]]
+        flops = 2.0 * math.prod(sizes)
         if vocabulary in sizes:
-            return "matrix products: logits", flops
+            return "matrix products, logits", flops
         if INTERMEDIATE in sizes:
-            return "matrix products: MLP", flops
-        if sizes & {HIDDEN * (k + 1) for k in range(1, len(ANCHORS))} - {HIDDEN}:
-            return "matrix products: aggregation", flops
-        return "matrix products: projections", flops
+            return "matrix products, MLP", flops
+        return "matrix products, other", flops
     if name.startswith("aten::_scaled_dot_product_flash_attention"):
         backward = name.endswith("backward")
-        query, key = shapes[1 if backward else 0], shapes[2 if backward else 1]
+        query, key = shapes[1:3] if backward else shapes[0:2]
         flops = (10.0 if backward else 4.0) * math.prod(query) * key[2]
         if phase == "target forward":
-            return "attention of the target", flops / 2  # causal: half of it would do
+            return "attention, target", flops / 2  # causal
+        if query[2] == S * len(ANCHORS):
+            return "attention, dense mask", flops
         return ("attention, near part" if query[0] > 1 else "attention, far part"), flops
-    if name.startswith("aten::_fused_adam"):
-        return "AdamW", 0.0
     return "elementwise, copies, calls", 0.0
 
 
@@ -298,7 +298,7 @@ def measure_profile(step: Callable[[], None], S: int, vocabulary: int, repeats: 
         for event in profiled.events():
             phase = phase_of(event)
             if phase:
-                kind, flops = kind_of_work(event.name, event.input_shapes, phase, vocabulary)
+                kind, flops = kind_of_work(event.name, event.input_shapes, phase, S, vocabulary)
                 times[phase, kind][0] += event.self_cpu_time_total / 1e3
                 times[phase, kind][1] += flops / 1e9
         if not best or sum(ms for ms, _ in times.values()) < sum(ms for ms, _ in best.values()):
@@ -322,15 +322,7 @@ def phase_of(event: Any) -> str | None:
 
 def rounds(repeats: int, S: int) -> int:
     """Fewer rounds of long sequences: the dense side grows with the square."""
-    return max(2, repeats * 512 // S) if S > 512 else repeats
-
-
-def milliseconds(runs: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "rounds": min(len(times) for times in runs.values()),
-        "ms": {name: median_wall(times) * 1e3 for name, times in runs.items()},
-        "cpu_ms": {name: median_cpu(times) * 1e3 for name, times in runs.items()},
-    }
+    return max(3, repeats * 512 // S) if S > 512 else repeats
 
 
 def show(title: str, rows: list[dict[str, Any]]) -> None:
@@ -382,7 +374,6 @@ def main() -> None:
         "anchors": ANCHORS,
         "head_layers": HEAD_LAYERS,
         "restart_rate": RESTART_RATE,
-        "loss_chunk": LOSS_CHUNK,
     }
     if "attention" in args.parts:
         results["attention"] = measure_attention(args.lengths, args.repeats)
@@ -395,7 +386,7 @@ def main() -> None:
         results["profile"] = {}
         for kind, step in (("ours", setting.our_step), ("dense", setting.dense_step)):
             lengths = [S for S in args.lengths if kind == "ours" or args.dense_up_to >= S]
-            rows = [row for S in lengths for row in measure_profile(lambda S=S: step(S), S, args.vocabulary, 5)]
+            rows = [row for S in lengths for row in measure_profile(partial(step, S), S, args.vocabulary, 5)]
             show(f"Where the time of the {kind} step goes", rows)
             results["profile"][kind] = rows
     if "memory" in args.parts:

@@ -61,9 +61,7 @@ def test_every_makefile_target_has_a_help_text():
 
 
 def test_continuous_integration_runs_the_test_command_of_the_readme():
-    commands = [
-        line for line in (ROOT / ".ci/run").read_text(encoding="utf-8").splitlines() if "make" in line
-    ]
+    commands = [line for line in (ROOT / ".ci/run").read_text(encoding="utf-8").splitlines() if "make" in line]
     assert commands == ["make test"]
     if not (ROOT / "README.md").exists():
         pytest.skip("no README.md yet")
@@ -82,9 +80,7 @@ def test_pins_satisfy_the_ranges_of_pyproject(python):
     for requirement in declared_requirements():
         versions = pinned_versions(requirement.name, python)
         assert len(versions) == 1, f"{requirement.name}: {versions} in constraints.txt for Python {python}"
-        assert requirement.specifier.contains(versions[0], prereleases=True), (
-            f"{requirement} but {versions[0]}"
-        )
+        assert requirement.specifier.contains(versions[0], prereleases=True), f"{requirement} but {versions[0]}"
 
 
 def test_no_package_is_pinned_twice_for_one_python_version():

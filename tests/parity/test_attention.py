@@ -260,11 +260,11 @@ def largest_tensor(S: int, dense: bool) -> int:
 
 
 def test_the_fast_path_allocates_nothing_quadratic_in_the_sequence_length() -> None:
-    """At S = 256 rows hold m S N D = 20,480 elements; a mask holds S^2 = 65,536 or (m S)^2 = 1,638,400."""
+    """At S = 256 rows hold m S N D = 20,480 elements, the windows of the near part five times that, a mask 1.6 M."""
     S, rows = 256, 5 * 256 * 2 * 8
     fast, twice, dense = largest_tensor(S, False), largest_tensor(2 * S, False), largest_tensor(S, True)
     print(f"largest tensor at S=256: fast {fast}, dense {dense}; fast at S=512: {twice}")
-    assert fast <= rows < S * S
+    assert fast <= 8 * rows
     assert twice <= 2 * fast
     assert dense >= (5 * S) ** 2, "the watch sees what it is meant to see"
 
@@ -273,7 +273,7 @@ def test_the_fast_path_allocates_nothing_quadratic_in_the_sequence_length() -> N
     "length",
     [
         12,
-        pytest.param(3, marks=pytest.mark.xfail(strict=True, reason="the backward pass is not once_differentiable")),
+        3,
     ],
 )
 def test_a_second_derivative_is_refused_rather_than_wrong(length: int) -> None:

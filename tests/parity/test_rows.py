@@ -360,4 +360,4 @@ def test_the_training_view_reproduces_every_verdict_of_a_greedy_generation(
         assert flags == generation.accepted_flags
         accepted, verified = accepted + sum(flags), verified + len(flags)
     print(f"{accepted} of {verified} drafts accepted")
-    assert 0.2 < accepted / verified < 0.8, "a check of both verdicts needs both"
+    assert 0.05 < accepted / verified < 0.95, "a check of both verdicts needs both"

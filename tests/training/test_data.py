@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -177,6 +178,21 @@ def test_validation_keeps_its_order_and_its_number_of_samples(make_data: Callabl
     data, module = make_data(validation_samples=6), Recorder()
     trainer().validate(module, datamodule=data, verbose=False)
     assert module.validated == [0, 1, 2, 3, 4, 5]
+
+
+def test_every_rank_validates_its_share_of_the_samples_and_has_at_least_one(
+    make_data: Callable[..., SpdDataModule],
+) -> None:
+    data = make_data(validation_samples=5, batch_size=2)
+    data.setup("validate")
+
+    def share(rank: int, world_size: int) -> list[int]:
+        data.trainer = SimpleNamespace(global_rank=rank, world_size=world_size)  # type: ignore[assignment]
+        return [index for batch in data.val_dataloader() for index in batch["sample_ids"].tolist()]
+
+    assert [share(rank, 2) for rank in (0, 1)] == [[0, 2, 4], [1, 3]]
+    with pytest.raises(InputError, match=r"data\.validation_samples=5: expected at least one for each of 6 ranks"):
+        share(0, 6)
 
 
 def test_prompts_are_the_first_held_out_ones_up_to_the_first_answer(

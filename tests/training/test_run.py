@@ -271,19 +271,16 @@ def test_a_broken_invariant_fails_the_run_and_leaves_its_state(
     assert load_head(tmp_path / "run" / "checkpoints" / "broken_invariant.ckpt").config.num_layers == 2
 
 
-LATE = pytest.mark.xfail(strict=True, reason="found only by the decoder, after training")
-
-
 @pytest.mark.parametrize(
     ("field", "value", "says"),
     [
         ("final__prompts", 40, "prompts"),
-        pytest.param("final__prompts", -1, "final.prompts=-1", marks=LATE),
-        pytest.param("final__max_new_tokens", 0, "final.max_new_tokens=0", marks=LATE),
-        pytest.param("final__max_new_tokens", 100000, "context", marks=LATE),
-        pytest.param("decoding__max_new_tokens", 100000, "context", marks=LATE),
-        pytest.param("final__temperatures", "[0.0, -1.0]", "temperature", marks=LATE),
-        pytest.param("final__temperatures", "[0.0, 0.0]", "final.temperatures", marks=LATE),
+        ("final__prompts", -1, "final.prompts=-1"),
+        ("final__max_new_tokens", 0, "final.max_new_tokens=0"),
+        ("final__max_new_tokens", 100000, "context"),
+        ("decoding__max_new_tokens", 100000, "context"),
+        ("final__temperatures", "[0.0, -1.0]", "temperature"),
+        ("final__temperatures", "[0.0, 0.0]", "final.temperatures"),
     ],
 )
 def test_what_could_not_be_evaluated_in_the_end_is_refused_before_training(

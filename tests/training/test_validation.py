@@ -253,10 +253,10 @@ def test_a_head_that_decodes_something_else_than_it_trains_fails_the_run(
     setup.callback.max_new_tokens = 24
     torch.manual_seed(0)
     setup.module.configure_model()
-    with torch.no_grad():  # attention that matters; a fresh head hardly looks at other positions
-        for name, parameter in setup.module.parts()[1].named_parameters():
-            if "self_attn" in name and "norm" not in name:
-                parameter += 0.05 * torch.randn_like(parameter)
+    with torch.no_grad():  # weights of this size speak, and leave the head right often enough
+        for parameter in setup.module.parts()[1].layers.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(0, 0.06)
     message = failure(setup)
     assert message.startswith("Drift: prompt ") and "Not lossless" not in message
 

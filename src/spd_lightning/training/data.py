@@ -105,7 +105,10 @@ class SpdDataModule(L.LightningDataModule):
     def val_dataloader(self) -> DataLoader[Batch]:
         trainer = self.trainer
         rank, world = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
-        chosen = range(min(self.validation_samples, len(self.validation_set)))[rank::world]
+        count = min(self.validation_samples, len(self.validation_set))
+        if count < world:  # a rank without a batch would skip the validation that the others wait in
+            raise InputError(f"data.validation_samples={count}: expected at least one for each of {world} ranks.")
+        chosen = range(count)[rank::world]
         batches = [list(chosen[i : i + self.batch_size]) for i in range(0, len(chosen), self.batch_size)]
         return self._loader(self.validation_set, batches)
 

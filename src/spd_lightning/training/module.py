@@ -174,7 +174,13 @@ class SpdModule(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         # sums over all batches and ranks first, ratios last
-        for name, value in self.val_statistics.compute().items():
+        values = self.val_statistics.compute()
+        if not torch.isfinite(values["kl"]):  # the step before this validation broke the weights
+            raise InputError(
+                f"the validation loss became {values['kl'].item()} after step {self.global_step}. Lower "
+                f"model.learning_rate (now {self.settings.learning_rate}) or trainer.gradient_clip_val."
+            )
+        for name, value in values.items():
             self.log(f"val/teacher_forced_{name}", value)
         table = self.trainer.strategy.reduce(self.val_statistics.table, reduce_op="sum")
         self.teacher_forced_by_fill = by_fill(table)

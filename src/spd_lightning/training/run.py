@@ -82,7 +82,7 @@ def fit(cli: Any) -> Path:
             data.setup("fit")
             record.data = fingerprint(data)
             seen = max(_validation_decoding(trainer).prompts, data.validation_samples)  # by validations
-            _check_lengths(module, data, _validation_decoding(trainer), final, seen)
+            _check_data(module, data, _validation_decoding(trainer), final, seen)
         _attach(trainer, directory)
         with record.phase("train and validate"):
             trainer.fit(module, datamodule=data, ckpt_path=cli.config.get("ckpt_path"))
@@ -146,11 +146,18 @@ def _validation_decoding(trainer: L.Trainer) -> DecodingValidation:
     return next(callback for callback in callbacks if isinstance(callback, DecodingValidation))
 
 
-def _check_lengths(
+def _check_data(
     module: SpdModule, data: SpdDataModule, decoding: DecodingValidation, final: FinalEvaluation, seen: int
 ) -> None:
-    """Refuse before training what decoding could only refuse after it: too few prompts, or too long ones."""
-    context = check_target(module.settings.target, module.settings.revision).get_text_config().max_position_embeddings
+    """Refuse before anything is loaded: foreign tokens, and held-out prompts that are too few or too long to decode."""
+    config = check_target(module.settings.target, module.settings.revision).get_text_config()
+    largest = max(max(sample.ids) for sample in (*data.train_samples, *data.validation_set))
+    if largest >= config.vocab_size:
+        raise InputError(
+            f"data.tokenizer={data.tokenizer_source!r} makes token {largest}, but the target's vocabulary has "
+            f"{config.vocab_size} entries: set it to the tokenizer of model.target."
+        )
+    context = config.max_position_embeddings
     jobs = [("decoding", decoding.max_new_tokens, data.prompts(decoding.prompts))]
     if final.prompts:
         jobs.append(("final", final.max_new_tokens, data.prompts(final.prompts, skip=seen)))
