@@ -269,13 +269,7 @@ def test_the_fast_path_allocates_nothing_quadratic_in_the_sequence_length() -> N
     assert dense >= (5 * S) ** 2, "the watch sees what it is meant to see"
 
 
-@pytest.mark.parametrize(
-    "length",
-    [
-        12,
-        3,
-    ],
-)
+@pytest.mark.parametrize("length", [12, 3])
 def test_a_second_derivative_is_refused_rather_than_wrong(length: int) -> None:
     """The weights of the near part are constants to autograd, so it would silently drop terms."""
     staircase = STAIRCASES["default of 8 stages"]
