@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
+from itertools import product
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from spd_lightning.head import attention
 from spd_lightning.head.attention import staircase_attention
 from spd_lightning.head.layout import StaircaseLayout
 from spd_lightning.staircase import Staircase
@@ -120,7 +123,7 @@ def test_both_paths_equal_the_definition_row_by_row(name: str) -> None:
     m, n, worst = len(staircase.reachable_blocks), staircase.num_stages, 0.0
     for case, kind in enumerate(("saturated", "restarts", "early re-drafts")):
         for packed in (False, True):
-            S = n + 4
+            S = 21  # three tiles of the near part, and a far part
             entries = [random_entries(kind, n, S, generator) for _ in range(2)]
             documents = [random_documents(S, generator) for _ in range(2)] if packed else None
             layout = StaircaseLayout(
@@ -142,7 +145,7 @@ def test_the_fast_path_equals_the_dense_mask_in_value_and_gradient(name: str, dt
     staircase, generator = STAIRCASES[name], random.Random(f"{name}{dtype}")
     m, n, worst, cases = len(staircase.reachable_blocks), staircase.num_stages, 0.0, 0
     for kind in ("saturated", "restarts", "early re-drafts"):
-        for S in (1, 2, n - 1, n, n + 1, 45):
+        for S in (1, 2, n, n + 1, 16, 17, 150):
             for heads in ((4, 4), (4, 2), (6, 1)):
                 blocks = sorted(generator.sample(range(m), generator.randint(1, m)))
                 entries = torch.tensor([random_entries(kind, n, S, generator) for _ in range(2)])
@@ -157,7 +160,80 @@ def test_the_fast_path_equals_the_dense_mask_in_value_and_gradient(name: str, dt
                 scale = max(1.0, max(x.abs().max().item() for x in dense))
                 worst, cases = max(worst, difference(fast, dense) / scale), cases + 1
     print(f"{name} {dtype}: {cases} cases, largest difference {worst:.1e}")
-    assert cases == 54 and worst < TOLERANCE[dtype]
+    assert cases == 63 and worst < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["one document", "packed"])
+def test_rows_that_ask_get_the_same_value_and_gradient_as_when_all_ask(packed: bool) -> None:
+    staircase, generator = STAIRCASES["default of 8 stages"], random.Random(7)
+    m, S = len(staircase.reachable_blocks), 150
+    entries = torch.tensor([random_entries("restarts", 8, S, generator) for _ in range(2)])
+    documents = torch.tensor([random_documents(S, generator) for _ in range(2)]) if packed else None
+    layout = StaircaseLayout(staircase, entries, documents)
+    q, k, v, g = random_tensors(0, 2, 2, m, S, (4, 2), 8, torch.float64)
+    for share in (0.0, 0.02, 0.5):
+        asking = torch.rand(2, S, 2, generator=torch.Generator().manual_seed(1)) < share
+        wanted = asking.transpose(1, 2)[..., None, None]
+        found = []
+        for dense, asked in ((True, None), (False, asking)):
+            out = staircase_attention(q, k, v, layout, [0, 3], dense, asked).where(wanted, torch.zeros(()).double())
+            found.append([out.detach(), *torch.autograd.grad(out, (q, k, v), g)])
+        assert difference(*found) < 1e-12
+
+
+def test_the_cuda_call_folds_the_rows_of_a_position_into_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shapes and order around the CUDA kernel, with the CPU kernel of the same contract in its place."""
+    aten, b, T, r, N, D = torch.ops.aten, 2, 9, 3, 4, 8
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, dropout: float, causal: bool, debug: bool) -> tuple[Any, ...]:
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, dropout, causal)
+        return (out, lse, None, None, T, T, 0, 0, None)
+
+    def backward(*args: Any) -> tuple[Tensor, ...]:
+        *tensors, cum_q, cum_k, max_q, max_k, dropout, causal, seed, offset = args
+        assert (cum_q, cum_k, max_q, max_k, seed, offset) == (None, None, T, T, 0, 0)
+        return aten._scaled_dot_product_flash_attention_for_cpu_backward(*tensors, dropout, causal)
+
+    kernels = SimpleNamespace(
+        _scaled_dot_product_flash_attention=forward, _scaled_dot_product_flash_attention_backward=backward
+    )
+    monkeypatch.setattr(attention, "aten", kernels)
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((b, T * r, N, D), (b, T, N, D), (b, T, N, D), (b, T * r, N, D))
+    query, key, value, grad = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    out, lse, state = attention._cuda_causal(query, key, value)
+    grads = attention._cuda_causal_backward(grad, query, key, value, out, lse, state)
+
+    q, k, v = (x.clone().requires_grad_() for x in (query, key, value))
+    scores = torch.einsum("bqnd,bknd->bqnk", q, k) / D**0.5
+    later = torch.arange(T)[None, :] > torch.arange(T * r)[:, None] // r
+    scores = scores.masked_fill(later[None, :, None], -math.inf)
+    expected = torch.einsum("bqnk,bknd->bqnd", scores.softmax(-1), v)
+    assert difference([out, lse], [expected, scores.logsumexp(-1)]) < 1e-12
+    assert difference(grads, torch.autograd.grad(expected, (q, k, v), grad)) < 1e-12
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", STAIRCASES)
+def test_the_fast_path_on_a_gpu_equals_the_dense_mask_in_float64(name: str, dtype: torch.dtype) -> None:
+    staircase, generator = STAIRCASES[name], random.Random(name)
+    m, n, worst = len(staircase.reachable_blocks), staircase.num_stages, 0.0
+    for case, (S, heads) in enumerate(product((1, n, 17, 300), ((4, 4), (4, 2), (6, 1)))):
+        blocks = sorted(generator.sample(range(m), generator.randint(1, m)))
+        entries = torch.tensor([random_entries("early re-drafts", n, S, generator) for _ in range(2)])
+        documents = torch.tensor([random_documents(S, generator) for _ in range(2)]) if case % 2 else None
+        q, k, v, g = random_tensors(case, 2, len(blocks), m, S, heads, 64, dtype)
+        exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+        layout = StaircaseLayout(staircase, entries, documents)
+        expected = results((*exact, g.double()), layout, blocks, dense=True)
+        there = [x.detach().cuda().requires_grad_() for x in (q, k, v)]
+        layout = StaircaseLayout(staircase, entries.cuda(), None if documents is None else documents.cuda())
+        found = [x.cpu() for x in results((*there, g.cuda()), layout, blocks, dense=False)]
+        scale = max(1.0, max(x.abs().max().item() for x in expected))
+        worst = max(worst, difference(found, expected) / scale)
+    print(f"{name} {dtype}: largest difference {worst:.1e}")
+    assert worst < TOLERANCE[torch.bfloat16]
 
 
 @pytest.mark.parametrize("dense", [True, False], ids=["dense", "fast"])

@@ -197,20 +197,46 @@ def test_rows_differ_visibly_if_one_entry_cycle_differs(make_target: Callable[..
         assert (correct - other).abs().max() > 1e-2, where
 
 
-@torch.no_grad()
-def test_the_rows_that_are_asked_for_do_not_depend_on_what_else_is_asked_for(
-    make_target: Callable[..., Target],
+@pytest.mark.parametrize("dense", [True, False], ids=["dense", "fast"])
+def test_selected_positions_have_the_same_drafts_and_gradients_as_when_every_row_is_computed(
+    make_target: Callable[..., Target], dense: bool
 ) -> None:
-    target = make_target(num_layers=5, stage_layers=(2, 1, 2), dtype=torch.float64)
-    head = spread_head(target, 3, num_layers=2)
-    ids = torch.randint(0, VOCABULARY, (2, 11), generator=torch.Generator().manual_seed(0))
-    states, _ = target(ids, head.config.anchors)
-    layout = StaircaseLayout.from_restarts(head.staircase, [(0, 4), (0,)], 11)
-    every = head(states, layout, all_rows=True)
-    drafting = head(states, layout)
-    select = torch.rand(2, 11, generator=torch.Generator().manual_seed(1)) < 0.5
-    torch.testing.assert_close(drafting, every[:, 0], atol=1e-12, rtol=0)
-    torch.testing.assert_close(head(states, layout, select=select), drafting[select], atol=1e-12, rtol=0)
+    """Rows that nothing selected depends on are left out: that must change neither a value nor a gradient."""
+    generator, torch_generator = random.Random(3), torch.Generator().manual_seed(3)
+    worst = 0.0
+    for case, n in enumerate((2, 3, 4, 8)):
+        num_layers = n + 2
+        stage_layers = random_split(n, num_layers, generator)
+        target = make_target(num_layers=num_layers, stage_layers=stage_layers, dtype=torch.float64, spread=0.15)
+        shape = ("default", "deep", "shallow", "unreachable")[case]
+        anchors = random_anchors(shape, stage_layers, generator)
+        head = spread_head(target, case, num_layers=1 + case % 3, anchors=anchors)
+        ids = torch.randint(0, VOCABULARY, (2, 37), generator=torch_generator)
+        states, _ = target(ids, head.config.anchors)
+        gaps = torch.tensor([random_gaps(KINDS[case % 3], n, 37, generator) for _ in range(2)])
+        documents = torch.tensor([[0] * 20 + [1] * 17, [0] * 3 + [1] * 34]) if case % 2 else None
+        layout = StaircaseLayout(head.staircase, gaps.cumsum(1), documents)
+        for share in (0.0, 0.1, 0.6, 1.0):
+            select = torch.rand(2, 37, generator=torch_generator) < share
+            weight = torch.randn(int(select.sum()), head.lm_head.out_features, generator=torch_generator).double()
+            found = []
+            for whole in (True, False):
+                if whole:
+                    hidden = head(states, layout, all_rows=True, dense=True)[:, 0][select]
+                else:
+                    hidden = head(states, layout, select=select, dense=dense)
+                head.zero_grad()
+                (head.logits(hidden) * weight).sum().backward()
+                grads = [parameter.grad for parameter in head.parameters()]
+                found.append([hidden.detach(), *(g.clone() for g in grads if g is not None)])
+            assert found[0][0].shape == found[1][0].shape == (int(select.sum()), target.hidden_size)
+            assert len(found[0]) == len(found[1])
+            for whole_part, part in zip(*found, strict=True):
+                if part.numel():
+                    scale = max(1.0, whole_part.abs().max().item())
+                    worst = max(worst, (whole_part - part).abs().max().item() / scale)
+    print(f"dense={dense}: largest relative difference of values and gradients {worst:.1e}")
+    assert worst < 1e-10
 
 
 @torch.no_grad()
