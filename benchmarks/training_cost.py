@@ -353,7 +353,7 @@ def main() -> None:
         "--parts", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=f"of {', '.join(PARTS)}"
     )
     parser.add_argument("--lengths", nargs="+", type=int, default=[512, 1024, 2048, 4096], metavar="S", help="tokens")
-    parser.add_argument("--dense-up-to", type=int, default=2048, metavar="S", help="longest dense STEP (default 2048)")
+    parser.add_argument("--dense-up-to", type=int, default=4096, metavar="S", help="longest dense STEP (default 4096)")
     parser.add_argument("--repeats", type=int, default=9, help="rounds at S=512, fewer for longer S (default 9)")
     parser.add_argument("--vocabulary", type=int, default=4096, help="size of the target's vocabulary (default 4096)")
     parser.add_argument("--name", default="training_cost", help="name of the record (default training_cost)")
@@ -384,9 +384,9 @@ def main() -> None:
         show("Training step", results["step"])
     if "profile" in args.parts:
         results["profile"] = {}
-        for kind, step in (("ours", setting.our_step), ("dense", setting.dense_step)):
-            lengths = [S for S in args.lengths if kind == "ours" or args.dense_up_to >= S]
-            rows = [row for S in lengths for row in measure_profile(partial(step, S), S, args.vocabulary, 5)]
+        for kind, step, longest in (("ours", setting.our_step, 4096), ("dense", setting.dense_step, 2048)):
+            lengths = [S for S in args.lengths if longest >= S]
+            rows = [row for S in lengths for row in measure_profile(partial(step, S), S, args.vocabulary, 3)]
             show(f"Where the time of the {kind} step goes", rows)
             results["profile"][kind] = rows
     if "memory" in args.parts:

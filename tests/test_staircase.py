@@ -308,6 +308,24 @@ def test_fill_is_the_distance_from_the_last_restart_when_gaps_are_1_or_n() -> No
         assert fills(entry_cycles(gaps), n) == expected
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["one document", "packed"])
+def test_the_fills_of_a_layout_count_the_tokens_of_the_own_document_in_flight(packed: bool) -> None:
+    generator = random.Random(4)
+    for n in (2, 3, 8):
+        lengths = (5, 9, 1, 6) if packed else (21,)
+        entered, expected, documents = [], [], []
+        for number, length in enumerate(lengths):
+            own = [0]
+            for _ in range(length - 1):
+                own.append(own[-1] + generator.choice((1, 1, n, generator.randint(1, n))))
+            expected += [sum(1 for T in range(t + 1) if own[t] - own[T] < n) for t in range(length)]
+            entered += own
+            documents += [number] * length
+        staircase = Staircase((1,) * n, (0, n))
+        layout = StaircaseLayout(staircase, torch.tensor([entered]), torch.tensor([documents]) if packed else None)
+        assert layout.fills().tolist() == [expected]
+
+
 def test_entry_cycles_refuse_two_tokens_in_one_cycle() -> None:
     assert entry_cycles([]) == [] and entry_cycles([0]) == [0]
     with pytest.raises(InputError, match="at least 1.*got 0"):

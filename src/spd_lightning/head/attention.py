@@ -290,7 +290,8 @@ def _attend_backward(
 def _scores(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
     """[b, N, q, k], in float32 or better."""
     kind = torch.promote_types(q.dtype, torch.float32)
-    return q.to(kind) @ k.to(kind).mT * q.shape[-1] ** -0.5 + mask
+    with torch.autocast(q.device.type, enabled=False):
+        return q.to(kind) @ k.to(kind).mT * q.shape[-1] ** -0.5 + mask
 
 
 def _cuda_causal(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Sequence[Any]]:

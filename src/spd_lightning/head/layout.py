@@ -90,7 +90,11 @@ class StaircaseLayout:
 
     def fills(self) -> Tensor:
         """[B, S]: tokens in flight, 1..n, when a position is the newest (entered less than n cycles ago)."""
-        finished = torch.searchsorted(self.entries, self.entries - self.staircase.num_stages, right=True)
+        entries, n = self.entries, self.staircase.num_stages
+        if self.documents is not None:  # far enough apart that no document is in flight together with another
+            number = torch.nn.functional.pad(self.documents.diff(dim=1).ne(0).cumsum(1), (1, 0))
+            entries = entries + number * (entries.max() - entries.min() + n)
+        finished = torch.searchsorted(entries, entries - n, right=True)
         return torch.arange(self.length, device=self.entries.device) - finished + 1
 
     def dense_mask(self) -> Tensor:
