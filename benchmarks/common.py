@@ -95,6 +95,7 @@ def write_record(name: str, results: Mapping[str, Any], threads: int) -> Path:
         "dirty": bool(_git("status", "--porcelain", "--", "src", "benchmarks/*.py")),
         "versions": {"python": platform.python_version()} | {x: version(x) for x in ("torch", "transformers")},
         "machine": {"processor": _processor(), "cores": os.cpu_count(), "threads_used": threads},
+        "load_average": [round(load, 1) for load in os.getloadavg()],  # above threads_used: others were at work
         **results,
     }
     RECORDS.mkdir(parents=True, exist_ok=True)

@@ -199,7 +199,7 @@ def measure_steps(setting: Setting, lengths: list[int], dense_up_to: int, repeat
         if dense_up_to < S:
             del cases["dense"]
         runs = interleaved(cases, rounds(repeats, S), f"step, S={S}")
-        setting.masks.clear()
+        setting.masks.clear()  # measured one length at a time, so that the longest fits
         results += compared(runs, S)
     return results
 
@@ -377,11 +377,17 @@ def main() -> None:
     }
     if "attention" in args.parts:
         results["attention"] = measure_attention(args.lengths, args.repeats)
-        show("Attention alone, forward + backward (ms)", results["attention"])
+        show("Attention alone, forward + backward", results["attention"])
+        write_record(args.name, results, threads=1)
     setting = Setting(args.vocabulary)
     if "step" in args.parts:
         results["step"] = measure_steps(setting, args.lengths, args.dense_up_to, args.repeats)
         show("Training step", results["step"])
+        write_record(args.name, results, threads=1)
+    if "memory" in args.parts:
+        results["memory"] = measure_memory(("attention", "step"), args.lengths, args.dense_up_to, args.vocabulary)
+        show("Peak memory above start", results["memory"])
+        write_record(args.name, results, threads=1)
     if "profile" in args.parts:
         results["profile"] = {}
         for kind, step, longest in (("ours", setting.our_step, 4096), ("dense", setting.dense_step, 2048)):
@@ -389,9 +395,6 @@ def main() -> None:
             rows = [row for S in lengths for row in measure_profile(partial(step, S), S, args.vocabulary, 3)]
             show(f"Where the time of the {kind} step goes", rows)
             results["profile"][kind] = rows
-    if "memory" in args.parts:
-        results["memory"] = measure_memory(("attention", "step"), args.lengths, args.dense_up_to, args.vocabulary)
-        show("Peak memory above start", results["memory"])
     write_record(args.name, results, threads=1)
 
 

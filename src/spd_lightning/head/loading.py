@@ -148,10 +148,25 @@ def load_head(
         from spd_lightning.target.target import check_head_fits
 
         check_head_fits(target, head.staircase, head.config.hidden_size, head.config.vocab_size)
+        _check_same_origin(head, target)
         if target.stage_layers is None:
             target.partition(stage_layers=head.staircase.stage_layers)
         dtype, device = dtype or target.dtype, device or target.device
     return head.to(device=device, dtype=dtype).eval()
+
+
+def _check_same_origin(head: SpeculationHead, target: Target) -> None:
+    """Refuse a head of equal sizes whose RoPE or final norm is that of another target."""
+    ours, theirs = dict(head.config.rope_parameters), dict(target.config.rope_parameters)
+    if ours != theirs:
+        raise InputError(f"The head does not fit the target: RoPE is {ours} in the head and {theirs} in the target.")
+    norm = target.norm.weight.detach().float().cpu()
+    apart = float((head.norm.weight.detach().float().cpu() - norm).abs().max())
+    if apart > 1e-2 * float(norm.abs().max()):  # either may have been rounded to bfloat16
+        raise InputError(
+            f"The head does not fit the target: their final norms differ by up to {apart:.3g} (the target's largest "
+            f"weight is {float(norm.abs().max()):.3g}). Load the target that the head was trained for."
+        )
 
 
 def _read(source: str, target: Target | None) -> SpeculationHead:

@@ -28,6 +28,7 @@ from spd_lightning.commands.parsing import closest
 from spd_lightning.errors import InputError
 
 Classes = tuple[type, type, type, type]
+_REDUCED = "It is recommended to use .self.log"  # counts are reduced across ranks before they are logged
 
 
 class SpdCLI(LightningCLI):
@@ -91,6 +92,8 @@ class SpdCLI(LightningCLI):
         if self.config["trainer.precision"] is None:
             # float32 master weights under bfloat16 arithmetic where a GPU does the work, plain float32 on a CPU
             self.config["trainer.precision"] = "bf16-mixed" if self._uses_gpu() else "32-true"
+        if self.config["trainer.enable_progress_bar"] is False:
+            self.trainer_defaults["callbacks"] = []
         super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
@@ -151,7 +154,12 @@ def _quiet() -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     # the target's modules are in eval mode on purpose, and the small data sets here need no worker processes
-    for message in ("Found .* module.* in eval mode", ".*does not have many workers", ".*LeafSpec.*is deprecated"):
+    for message in (
+        "Found .* module.* in eval mode",
+        ".*does not have many workers",
+        ".*LeafSpec.*is deprecated",
+        _REDUCED,
+    ):
         warnings.filterwarnings("ignore", message)
 
 
