@@ -45,6 +45,8 @@ class Sampling:
     def law(self, logits: Tensor) -> Tensor:
         """Probabilities [V], float64 on the CPU, of one token's logits [V]."""
         exact = logits.detach().double().cpu()
+        if not torch.isfinite(exact.max()):
+            raise InputError("the logits are not finite: the weights of the target or the head are damaged.")
         scaled = (exact - exact.max()) / self.temperature  # at most 0, so no temperature overflows
         if 0 < self.top_k < scaled.numel():
             kept = torch.full_like(scaled, -torch.inf)

@@ -99,7 +99,13 @@ def draft_logits(target: Target, head: SpeculationHead, input_ids: Tensor, resta
 
     Returns:
         Draft logits [B, S, V_d]: entry t drafts token t + 1.
+
+    Raises:
+        InputError: if the head was made for another target or other stages.
     """
+    from spd_lightning.target.target import check_head_fits
+
+    check_head_fits(target, head.staircase, head.config.hidden_size, head.config.vocab_size)
     states, _ = target(input_ids, head.config.anchors)
     layout = StaircaseLayout.from_restarts(
         head.staircase, [restarts] * input_ids.shape[0], input_ids.shape[1], device=input_ids.device
