@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import families
 import pytest
 
 # Before torch is imported: the models are tiny, and test workers share the cores.
@@ -55,7 +56,7 @@ def _make_target(
     """A random target in memory.
 
     Args:
-        family: `llama` or `qwen3`.
+        family: model_type, one of tests/families.py; llama and qwen3 come plain, without what that table adds.
         hidden: hidden size; 4 query heads of hidden / 4 (at least 8) share 2 key/value heads.
         spread: initializer_range, wide enough for argmaxes to vary from position to position.
         embedding_scale: factor on the embedding. With 4 and spread=0.05 an untrained head is right half of the
@@ -63,7 +64,7 @@ def _make_target(
         config: further fields of the family's config. No id ends a generation unless eos_token_id is given.
     """
     import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     from spd_lightning.target.target import Target
 
@@ -82,11 +83,12 @@ def _make_target(
         "eos_token_id": None,
         "pad_token_id": None,
     }
+    if family not in ("llama", "qwen3"):
+        values.update(families.fields(family, num_layers))
     values.update(config)
-    kind = {"llama": LlamaConfig, "qwen3": Qwen3Config}[family]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(kind(**values), dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **values), dtype=torch.float32)
         for name, parameter in model.named_parameters():  # a norm of ones hides a norm that is applied twice
             if "norm" in name:
                 parameter.data.add_(0.2 * torch.randn_like(parameter))

@@ -19,6 +19,7 @@ from spd_lightning.staircase import (
     Staircase,
     count_cycles,
     default_anchors,
+    empty_stages,
     entry_cycles,
     even_stage_layers,
     fills,
@@ -127,17 +128,29 @@ def test_an_even_split_covers_all_layers_and_gives_extra_layers_to_stages_before
                 assert sum(layers[: stage + 1]) == math.ceil(Fraction((stage + 1) * num_layers, num_stages))
 
 
-@pytest.mark.parametrize(("num_layers", "num_stages"), [(8, 1), (8, 0), (8, -3), (8, 9), (1, 2), (0, 2)])
+def test_stages_without_layers_are_allowed_and_announced() -> None:
+    assert even_stage_layers(5, 8) == (1, 1, 0, 1, 1, 0, 1, 0)
+    assert resolve_stage_layers(5, stage_layers=[5, 0]) == (5, 0)
+    assert empty_stages((2, 2)) is None
+    message = empty_stages(even_stage_layers(5, 8))
+    assert message is not None and "3 of the 8 stages" in message and "5 x" in message
+    for num_layers in range(1, 20):
+        for num_stages in range(num_layers + 1, 2 * num_layers + 1):
+            layers = even_stage_layers(num_layers, num_stages)
+            assert sum(layers) == num_layers and set(layers) == {0, 1}
+
+
+@pytest.mark.parametrize(("num_layers", "num_stages"), [(8, 1), (8, 0), (8, -3), (8, 17), (1, 3), (0, 2)])
 def test_an_impossible_number_of_stages_is_refused_by_name_and_value(num_layers: int, num_stages: int) -> None:
     with pytest.raises(InputError, match=rf"num_stages={num_stages} .*{num_layers} layers.*Set num_stages"):
         even_stage_layers(num_layers, num_stages)
 
 
-@pytest.mark.parametrize("stage_layers", [[4, 3], [4, 5], [8], [], [0, 8], [-1, 9]])
-def test_an_impossible_split_is_refused_by_name_and_value(stage_layers: list[int]) -> None:
+@pytest.mark.parametrize("stage_layers", [[4, 3], [4, 5], [8], [], [0, 9], [-1, 9], [4.5, 3.5]])
+def test_an_impossible_split_is_refused_by_name_and_value(stage_layers: list[float]) -> None:
     with pytest.raises(InputError) as error:
-        resolve_stage_layers(8, stage_layers=stage_layers)
-    assert f"stage_layers={stage_layers}" in str(error.value) and "8 layers" in str(error.value)
+        resolve_stage_layers(8, stage_layers=stage_layers)  # type: ignore[arg-type]
+    assert f"stage_layers={stage_layers}" in str(error.value) and "layers" in str(error.value)
 
 
 def test_stages_must_be_asked_for_once_and_without_contradiction() -> None:

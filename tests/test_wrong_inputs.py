@@ -139,7 +139,7 @@ def test_a_target_that_is_not_there_is_refused_by_its_path(tmp_path: Path) -> No
         (lambda path: path.write_text("{}"), ["no readable config.json"]),
         (lambda path: path.write_text("[1]"), ["config.json"]),
         (lambda path: edit(path, num_hidden_layers="four"), ["config.json"]),
-        (lambda path: edit(path, model_type="gpt2"), ["'gpt2'", "llama, qwen3"]),
+        (lambda path: edit(path, model_type="gpt2"), ["'gpt2'", "llama, qwen2, qwen3"]),
         (lambda path: edit(path, model_type="no_such_family"), ["no_such_family"]),
     ],
     ids=["missing", "truncated", "empty", "binary", "{}", "a list", "a wrong type", "other family", "no family"],
@@ -190,13 +190,14 @@ def test_a_dtype_that_is_none_is_refused_by_its_name(pristine: Path) -> None:
 # -- stages and anchors ----------------------------------------------------------------------------------------------
 
 SPLITS: list[tuple[dict[str, Any], list[str]]] = [
-    ({"num_stages": 5}, ["num_stages=5", "4 layers", "2 <= num_stages <= 4"]),
-    ({"num_stages": 1}, ["num_stages=1", "2 <= num_stages <= 4"]),
-    ({"num_stages": 0}, ["num_stages=0", "2 <= num_stages <= 4"]),
-    ({"num_stages": -2}, ["num_stages=-2", "2 <= num_stages <= 4"]),
+    ({"num_stages": 9}, ["num_stages=9", "4 layers", "2 <= num_stages <= 8"]),
+    ({"num_stages": 1}, ["num_stages=1", "2 <= num_stages <= 8"]),
+    ({"num_stages": 0}, ["num_stages=0", "2 <= num_stages <= 8"]),
+    ({"num_stages": -2}, ["num_stages=-2", "2 <= num_stages <= 8"]),
     ({"stage_layers": [2, 1]}, ["stage_layers=[2, 1]", "sum is 4", "the sum is 3"]),
     ({"stage_layers": [4]}, ["stage_layers=[4]", "at least two stages"]),
-    ({"stage_layers": [4, 0]}, ["stage_layers=[4, 0]", "at least one layer"]),
+    ({"stage_layers": [5, -1]}, ["stage_layers=[5, -1]", "none of them negative"]),
+    ({"stage_layers": [1.9, 2.1]}, ["stage_layers=[1.9, 2.1]", "whole numbers"]),
     ({"stage_layers": []}, ["stage_layers=[]", "at least two stages"]),
     ({"num_stages": 4, "stage_layers": [2, 2]}, ["num_stages=4", "contradicts", "stage_layers=[2, 2]"]),
 ]
@@ -504,7 +505,7 @@ def fit(pristine: Path, data: Path, tmp_path: Path) -> Callable[..., list[str]]:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"model__num_stages": 9}, ["num_stages=9", "4 layers", "2 <= num_stages <= 4"]),
+        ({"model__num_stages": 9}, ["num_stages=9", "4 layers", "2 <= num_stages <= 8"]),
         ({"model__num_stages": "four"}, ["model.num_stages", "four"]),
         ({"model__stage_layers": "[1, 1]", "model__num_stages": "null"}, ["stage_layers=[1, 1]", "sum is 4"]),
         ({"model__anchors": "[0, 9]"}, ["anchors=[0, 9]", "at most at 4"]),
@@ -581,7 +582,7 @@ def test_a_process_of_its_own_ends_with_status_2_and_one_line_on_stderr(fit: Cal
         (["--target", "./missing"], ["missing", "does not exist"]),
         (["--head", "./missing"], ["missing", "does not exist"]),
         (["--num-stages", "2"], ["[1, 1, 1, 1] in the head and [2, 2] in the target"]),
-        (["--num-stages", "7"], ["num_stages=7", "4 layers"]),
+        (["--num-stages", "9"], ["num_stages=9", "4 layers"]),
         (["--max-new-tokens", "0"], ["--max-new-tokens 0", "at least 1"]),
         (["--max-new-tokens", "300"], ["max_new_tokens=300", "256 tokens"]),
         (["--temperature", "-1"], ["temperature=-1.0"]),

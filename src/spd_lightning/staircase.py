@@ -28,14 +28,16 @@ def even_stage_layers(num_layers: int, num_stages: int) -> tuple[int, ...]:
     """Number of layers per stage, as even as possible: stage s ends at layer ceil((s + 1) L / n).
 
     The last stage never gets an extra layer, because it also runs the final norm, the lm_head and the verification.
+    With more stages than layers some stages only pass their token on (`empty_stages` tells): everything stays exact,
+    but a cycle still lasts as long as a layer, so S counts more than a clock would.
 
     Raises:
-        InputError: unless 2 <= num_stages <= num_layers.
+        InputError: unless 2 <= num_stages <= 2 * num_layers.
     """
-    if not 2 <= num_stages <= num_layers:
+    if not 2 <= num_stages <= 2 * num_layers:
         raise InputError(
             f"num_stages={num_stages} does not fit a target of {num_layers} layers: expected 2 <= num_stages <= "
-            f"{num_layers}, one layer per stage at least. Set num_stages (or stage_layers)."
+            f"{2 * num_layers}. Set num_stages (or stage_layers)."
         )
     boundaries = [-(-stage * num_layers // num_stages) for stage in range(num_stages + 1)]
     return tuple(stop - start for start, stop in pairwise(boundaries))
@@ -49,11 +51,14 @@ def resolve_stage_layers(
         if num_stages is None:
             raise InputError("Set num_stages (an even split) or stage_layers (layers per stage).")
         return even_stage_layers(num_layers, num_stages)
-    layers = tuple(int(count) for count in stage_layers)
-    if len(layers) < 2 or min(layers) < 1 or sum(layers) != num_layers:
+    layers = tuple(stage_layers)
+    if any(int(count) != count for count in layers):
+        raise InputError(f"stage_layers={list(layers)}: expected whole numbers of layers.")
+    layers = tuple(int(count) for count in layers)
+    if len(layers) < 2 or min(layers) < 0 or sum(layers) != num_layers:
         raise InputError(
-            f"stage_layers={list(layers)} does not fit a target of {num_layers} layers: expected at least two stages "
-            f"of at least one layer whose sum is {num_layers}, but the sum is {sum(layers)}. Set stage_layers."
+            f"stage_layers={list(layers)} does not fit a target of {num_layers} layers: expected at least two stages, "
+            f"none of them negative, whose sum is {num_layers}, but the sum is {sum(layers)}. Set stage_layers."
         )
     if num_stages is not None and num_stages != len(layers):
         raise InputError(
@@ -61,6 +66,17 @@ def resolve_stage_layers(
             "Set only one of them."
         )
     return layers
+
+
+def empty_stages(stage_layers: Sequence[int]) -> str | None:
+    """What to tell a user whose split has stages without layers; None where it has none."""
+    empty = sum(1 for count in stage_layers if not count)
+    if not empty:
+        return None
+    return (
+        f"{empty} of the {len(stage_layers)} stages {list(stage_layers)} hold no layer: they cost a cycle and share no "
+        f"work, so no clock can gain more than {sum(stage_layers)} x, whatever S says."
+    )
 
 
 def default_anchors(stage_layers: Sequence[int]) -> tuple[int, ...]:
@@ -71,8 +87,8 @@ def default_anchors(stage_layers: Sequence[int]) -> tuple[int, ...]:
     """
     boundaries = (0, *accumulate(stage_layers))
     n = len(stage_layers)
-    depths = range(n + 1) if n <= 4 else sorted({0, max(1, n // 8), 3 * n // 8, 6 * n // 8, n})
-    return tuple(boundaries[depth] for depth in depths)
+    depths = range(n + 1) if n <= 4 else (0, max(1, n // 8), 3 * n // 8, 6 * n // 8, n)
+    return tuple(sorted({boundaries[depth] for depth in depths}))
 
 
 @dataclass(frozen=True)

@@ -235,7 +235,7 @@ def test_a_cache_that_does_not_roll_back_fails_the_run(
     make_setup: Callable[..., Setup], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     setup = make_setup()
-    monkeypatch.setattr("spd_lightning.target.cache.RollbackLayer.truncate", forget_to_roll_back)
+    monkeypatch.setattr("spd_lightning.target.cache.RollbackCache.truncate", forget_to_roll_back)
     with pytest.raises((BrokenInvariantError, RuntimeError)):
         setup.fit()
 

@@ -129,7 +129,7 @@ class _Run:
         self.target, self.drafter, self.sampling = target, drafter, sampling
         self.tokens = list(prompt)  # prompt, emitted and in flight
         self.capacity = len(prompt) + max_new_tokens + drafter.staircase.num_stages + 1
-        self.cache = target.new_cache(self.capacity)
+        self.cache = target.new_cache(self.capacity, drafter.staircase.stage_layers)
         self.rotary = target.rotary_table(self.capacity)
         self.anchors = drafter.staircase.anchors
         self.keep = {anchor: index for index, anchor in enumerate(self.anchors)}

@@ -7,19 +7,37 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from spd_lightning.errors import InputError
 from spd_lightning.staircase import Staircase
 
 
 @dataclass(frozen=True)
-class HeadConfig:
-    """Sizes and structure of a speculation head.
+class LayerStyle:
+    """How a decoder layer of the head is built; the defaults are the Qwen3 style that most published heads have.
 
-    The layers are Qwen3-style for every target (per-head RMSNorm on queries and keys), as in the published heads, with
-    the target's sizes and its RoPE.
+    Always dense with full attention. `head.kind: target` takes the style of the target's own attention layers and
+    leaves out what a staircase has no place for: experts, sliding windows, attention sinks (gpt-oss) and the soft-cap
+    of attention scores (Gemma 2).
     """
+
+    norms: Literal["before", "after", "both"] = "before"
+    """RMSNorm before attention and MLP (most families), after them (OLMo), or both (Gemma)."""
+    qk_norm: Literal["head", "row", "none"] = "head"
+    """RMSNorm of queries and keys: per head (Qwen3), over all heads at once (OLMo), none (Llama)."""
+    gate: bool = False
+    """Attention's output is multiplied by the sigmoid of a second query projection (Qwen3.5)."""
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    query_scale: float | None = None
+    """Factor of attention scores; None = head_dim ** -0.5."""
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """Sizes and structure of a speculation head, with the target's sizes and the RoPE of its full attention."""
 
     stage_layers: tuple[int, ...]
     """Layers of the target per stage; n = their count, L = their sum."""
@@ -42,6 +60,11 @@ class HeadConfig:
     """RoPE of the target in the form of a Hugging Face config (`rope_theta`, scaling of Llama 3.1, ...)."""
     max_position_embeddings: int = 4096
     """The target's context length in tokens (some RoPE scalings depend on it)."""
+    kind: str = "qwen3"
+    """Where `style` comes from: `qwen3`, the published kind, or `target`, the target's own attention layers."""
+    style: LayerStyle = LayerStyle()
+    logit_softcap: float | None = None
+    """c: draft logits are c tanh(logits / c), as the target's are (Gemma 2)."""
 
     def __post_init__(self) -> None:
         for name in ("stage_layers", "anchors", "draft_token_ids"):
@@ -49,6 +72,8 @@ class HeadConfig:
             if value is not None:
                 object.__setattr__(self, name, tuple(int(x) for x in value))
         object.__setattr__(self, "rope_parameters", dict(self.rope_parameters))
+        if isinstance(self.style, Mapping):
+            object.__setattr__(self, "style", LayerStyle(**self.style))
         _ = self.staircase  # refuses impossible stages and anchors
         for name in _POSITIVE:
             value = getattr(self, name)
@@ -65,6 +90,11 @@ class HeadConfig:
     @cached_property
     def staircase(self) -> Staircase:
         return Staircase(self.stage_layers, self.anchors)
+
+    @property
+    def rotary_dim(self) -> int:
+        """Dimensions of a head that RoPE turns; the others stay (`partial_rotary_factor`)."""
+        return int(self.head_dim * self.rope_parameters.get("partial_rotary_factor", 1.0))
 
     @property
     def draft_vocab_size(self) -> int:

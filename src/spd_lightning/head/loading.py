@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from spd_lightning.errors import InputError
-from spd_lightning.head.config import HeadConfig
+from spd_lightning.head.config import HeadConfig, LayerStyle
 from spd_lightning.head.layout import StaircaseLayout
 from spd_lightning.head.module import SpeculationHead
 from spd_lightning.staircase import default_anchors
+from spd_lightning.target.families import (
+    FAMILIES,
+    activation,
+    dense_intermediate_size,
+    full_attention_rope,
+    logit_softcap,
+)
 
 if TYPE_CHECKING:
     from spd_lightning.target.target import Target
@@ -30,27 +38,79 @@ def head_config(
     num_layers: int = 2,
     anchors: Sequence[int] | None = None,
     draft_token_ids: Sequence[int] | None = None,
+    kind: str = "auto",
+    intermediate_size: int | None = None,
 ) -> HeadConfig:
-    """The configuration of a head that fits `target` (which must be cut into stages)."""
+    """The configuration of a head that fits `target` (which must be cut into stages); arguments as in `new_head`."""
     if target.stage_layers is None:
         target.partition(num_stages=min(8, target.num_layers))
     assert target.stage_layers is not None
     text = target.config
+    kind = resolve_head_kind(kind, text)
     return HeadConfig(
         stage_layers=target.stage_layers,
         anchors=tuple(anchors) if anchors is not None else default_anchors(target.stage_layers),
         num_layers=num_layers,
         hidden_size=text.hidden_size,
-        intermediate_size=text.intermediate_size,
+        intermediate_size=intermediate_size or dense_intermediate_size(text),
         num_attention_heads=text.num_attention_heads,
         num_key_value_heads=text.num_key_value_heads,
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
         vocab_size=target.vocab_size,
         draft_token_ids=None if draft_token_ids is None else tuple(sorted(set(draft_token_ids))),
         rms_norm_eps=text.rms_norm_eps,
-        hidden_act=text.hidden_act,
-        rope_parameters=dict(text.rope_parameters),
+        hidden_act=activation(text),
+        rope_parameters=full_attention_rope(text),
         max_position_embeddings=text.max_position_embeddings,
+        kind=kind,
+        style=target_style(target) if kind == "target" else LayerStyle(),
+        logit_softcap=logit_softcap(text),
+    )
+
+
+def resolve_head_kind(kind: str, config: Any) -> str:
+    """`auto` is the kind that published heads of the target's family have.
+
+    Raises:
+        InputError: for an unknown kind.
+    """
+    if kind not in ("auto", "qwen3", "target"):
+        raise InputError(f"head.kind={kind!r}: expected auto, qwen3 (the published kind) or target (the target's own).")
+    return FAMILIES[config.model_type].head if kind == "auto" else kind
+
+
+def target_style(target: Target) -> LayerStyle:
+    """The style of the target's own attention layers, read off the first of them.
+
+    Raises:
+        InputError: where the head's layers cannot be built like it.
+    """
+    from torch import nn
+
+    index = min(i for i, kind in enumerate(target.layer_kinds) if kind != "linear_attention")
+    layer: Any = target.layer(index)
+    attention, mlp = layer.self_attn, layer.mlp
+    head_dim, config = attention.head_dim, target.config
+    lacking = [name for name in ("q_proj", "k_proj", "v_proj", "o_proj") if not hasattr(attention, name)]
+    if lacking or not hasattr(layer, "post_attention_layernorm"):
+        raise InputError(
+            f"head.kind=target: the layers of family {config.model_type!r} are built otherwise than a head's "
+            f"(no {', '.join(lacking) or 'post_attention_layernorm'}). Set head.kind to qwen3."
+        )
+    qk_norm: Literal["head", "row", "none"] = "none"
+    if isinstance(getattr(attention, "q_norm", None), nn.Module):
+        qk_norm = "head" if attention.q_norm.weight.shape[-1] == head_dim else "row"
+    norms: Literal["before", "after", "both"] = "before"
+    if hasattr(layer, "post_feedforward_layernorm"):
+        norms = "both" if hasattr(layer, "input_layernorm") else "after"
+    return LayerStyle(
+        norms=norms,
+        qk_norm=qk_norm,
+        gate=attention.q_proj.out_features == 2 * config.num_attention_heads * head_dim,
+        qkv_bias=attention.q_proj.bias is not None,
+        output_bias=attention.o_proj.bias is not None,
+        mlp_bias=getattr(getattr(mlp, "gate_proj", None), "bias", None) is not None,
+        query_scale=None if math.isclose(attention.scaling, head_dim**-0.5) else float(attention.scaling),
     )
 
 
@@ -60,6 +120,8 @@ def new_head(
     anchors: Sequence[int] | None = None,
     draft_token_ids: Sequence[int] | None = None,
     seed: int = 0,
+    kind: str = "auto",
+    intermediate_size: int | None = None,
 ) -> SpeculationHead:
     """An untrained head, initialised from the target.
 
@@ -68,24 +130,35 @@ def new_head(
     start from normal weights of variance 1 / fan_in, whatever the width, and what writes into the residual stream is
     divided by the number of writers: weights of the usual 0.02 hardly speak at a hidden size of 256 and learn late.
 
+    Args:
+        target: cut into stages already, or it is now, into 8 (or as many as it has layers).
+        num_layers: decoder layers of the head.
+        anchors: hidden-state indices it reads; default: stage boundaries, see `default_anchors`.
+        draft_token_ids: the draft vocabulary; None = all ids.
+        seed: of the initial weights of its layers.
+        kind: `qwen3`, the layers that most published heads have; `target`, layers like the target's own; `auto`, the
+            kind that published heads of the target's family have (Qwen3.5: its own gated attention).
+        intermediate_size: width of its MLPs; default: the target's dense width, see `dense_intermediate_size`.
+
     Raises:
-        InputError: for anchors or a draft vocabulary that do not fit the target.
+        InputError: for anchors, a draft vocabulary or a kind that do not fit the target.
     """
     random = torch.Generator().manual_seed(seed)
     # on the CPU, so that a seed gives the same head everywhere: Lightning sets the accelerator as default device
     with torch.no_grad(), torch.device("cpu"):
-        head = SpeculationHead(head_config(target, num_layers, anchors, draft_token_ids))
+        head = SpeculationHead(head_config(target, num_layers, anchors, draft_token_ids, kind, intermediate_size))
         for name, weight in head.layers.named_parameters():
             if weight.ndim == 2:
                 writes = name.endswith(("o_proj.weight", "down_proj.weight"))
                 weight.normal_(0, weight.shape[1] ** -0.5 / (2 * num_layers if writes else 1), generator=random)
+            elif name.endswith("bias"):
+                weight.zero_()
         identity = torch.eye(head.config.hidden_size)
         for weight in head.aggregation.parameters():
             weight.zero_()
             weight[:, -head.config.hidden_size :] = identity
-        rows = target.lm_head.weight.detach().float().cpu()
-        head.lm_head.weight.copy_(rows if head.draft_token_ids is None else rows[head.draft_token_ids])
-        head.norm.weight.copy_(target.norm.weight.detach().float().cpu())
+        head.lm_head.weight.copy_(target.lm_head_rows(head.draft_token_ids))
+        head.norm.weight.copy_(target.norm_weight())
     return head.to(target.device)
 
 
@@ -163,10 +236,10 @@ def load_head(
 
 def _check_same_origin(head: SpeculationHead, target: Target) -> None:
     """Refuse a head of equal sizes whose RoPE or final norm is that of another target."""
-    ours, theirs = dict(head.config.rope_parameters), dict(target.config.rope_parameters)
+    ours, theirs = dict(head.config.rope_parameters), full_attention_rope(target.config)
     if ours != theirs:
         raise InputError(f"The head does not fit the target: RoPE is {ours} in the head and {theirs} in the target.")
-    norm = target.norm.weight.detach().float().cpu()
+    norm = target.norm_weight()
     apart = float((head.norm.weight.detach().float().cpu() - norm).abs().max())
     if apart > 1e-2 * float(norm.abs().max()):  # either may have been rounded to bfloat16
         raise InputError(

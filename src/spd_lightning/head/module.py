@@ -28,29 +28,49 @@ Rotary = tuple[Tensor, Tensor]
 
 
 class SelfAttention(nn.Module):
-    """Projections of a Qwen3-style attention; who attends to whom is the caller's business."""
+    """Projections of one layer's attention; who attends to whom is the caller's business."""
 
     def __init__(self, config: HeadConfig) -> None:
         super().__init__()
-        H, D = config.hidden_size, config.head_dim
+        H, D, style = config.hidden_size, config.head_dim, config.style
+        queries, keys = config.num_attention_heads * D, config.num_key_value_heads * D
         self.head_dim = D
-        self.q_proj = nn.Linear(H, config.num_attention_heads * D, bias=False)
-        self.k_proj = nn.Linear(H, config.num_key_value_heads * D, bias=False)
-        self.v_proj = nn.Linear(H, config.num_key_value_heads * D, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * D, H, bias=False)
-        self.q_norm = nn.RMSNorm(D, eps=config.rms_norm_eps)
-        self.k_norm = nn.RMSNorm(D, eps=config.rms_norm_eps)
+        self.q_proj = nn.Linear(H, queries * (2 if style.gate else 1), bias=style.qkv_bias)
+        self.k_proj = nn.Linear(H, keys, bias=style.qkv_bias)
+        self.v_proj = nn.Linear(H, keys, bias=style.qkv_bias)
+        self.o_proj = nn.Linear(queries, H, bias=style.output_bias)
+        self.style = style
+        if style.qk_norm != "none":
+            per_head = style.qk_norm == "head"
+            self.q_norm = nn.RMSNorm(D if per_head else queries, eps=config.rms_norm_eps)
+            self.k_norm = nn.RMSNorm(D if per_head else keys, eps=config.rms_norm_eps)
+        # attention kernels scale by head_dim ** -0.5 themselves
+        self.query_factor = 1.0 if style.query_scale is None else style.query_scale * D**0.5
 
-    def query(self, x: Tensor, rotary: Rotary) -> Tensor:
-        """[..., H] -> [..., N, D]."""
-        projected = self._heads(self.q_proj(x))
-        # norm and rotation run in float32 under autocast; attention kernels want the projections' own dtype
-        return rotate(self.q_norm(projected), rotary).to(projected.dtype)
+    def query(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor | None]:
+        """[..., H] -> queries [..., N, D] and the output gate [..., N, D] where the style has one."""
+        projected, gate = self.q_proj(x), None
+        if self.style.gate:  # per head: D values of the query, D of its gate
+            projected, gate = projected.unflatten(-1, (-1, 2, self.head_dim)).unbind(-2)
+            projected = projected.flatten(-2)
+        turned = self._turned(projected, self.q_norm if self.style.qk_norm != "none" else None, rotary)
+        return turned if self.query_factor == 1 else turned * self.query_factor, gate
 
     def key_value(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
         """[..., H] -> two [..., K, D]."""
-        projected = self._heads(self.k_proj(x))
-        return rotate(self.k_norm(projected), rotary).to(projected.dtype), self._heads(self.v_proj(x))
+        key = self._turned(self.k_proj(x), self.k_norm if self.style.qk_norm != "none" else None, rotary)
+        return key, self._heads(self.v_proj(x))
+
+    def _turned(self, projected: Tensor, norm: nn.RMSNorm | None, rotary: Rotary) -> Tensor:
+        """Norm and rotation: [..., N D] -> [..., N, D]."""
+        if norm is None:
+            normed = self._heads(projected)
+        elif self.style.qk_norm == "row":
+            normed = self._heads(norm(projected))
+        else:
+            normed = norm(self._heads(projected))
+        # they run in float32 under autocast; attention kernels want the projections' own dtype
+        return rotate(normed, rotary).to(projected.dtype)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim))
@@ -61,10 +81,10 @@ class Mlp(nn.Module):
 
     def __init__(self, config: HeadConfig) -> None:
         super().__init__()
-        H, intermediate = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(H, intermediate, bias=False)
-        self.up_proj = nn.Linear(H, intermediate, bias=False)
-        self.down_proj = nn.Linear(intermediate, H, bias=False)
+        H, intermediate, bias = config.hidden_size, config.intermediate_size, config.style.mlp_bias
+        self.gate_proj = nn.Linear(H, intermediate, bias=bias)
+        self.up_proj = nn.Linear(H, intermediate, bias=bias)
+        self.down_proj = nn.Linear(intermediate, H, bias=bias)
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -72,19 +92,37 @@ class Mlp(nn.Module):
 
 
 class HeadLayer(nn.Module):
-    """One pre-norm decoder layer, in the pieces that the two views put together differently."""
+    """One decoder layer, in the pieces that the two views put together differently.
+
+    The norms carry the names that Hugging Face's layers give them; what a style lacks is the identity, without weights.
+    """
 
     def __init__(self, config: HeadConfig) -> None:
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = SelfAttention(config)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = Mlp(config)
+        norms = config.style.norms
 
-    def finish(self, residual: Tensor, attended: Tensor) -> Tensor:
-        """Everything after attention: [..., H] and [..., N, D] -> [..., H]."""
-        x = residual + self.self_attn.o_proj(attended.flatten(-2))
-        return x + self.mlp(self.post_attention_layernorm(x))
+        def norm(present: bool) -> nn.Module:
+            return nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps) if present else nn.Identity()
+
+        self.input_layernorm = norm(norms != "after")
+        self.self_attn = SelfAttention(config)
+        self.post_attention_layernorm = norm(True)  # before the MLP, or after attention where a layer norms outputs
+        if norms != "before":
+            self.pre_feedforward_layernorm = norm(norms == "both")
+            self.post_feedforward_layernorm = norm(True)
+        self.mlp = Mlp(config)
+        self.norms_outputs = norms != "before"
+
+    def finish(self, residual: Tensor, attended: Tensor, gate: Tensor | None) -> Tensor:
+        """Everything after attention: [..., H], [..., N, D] and the gate -> [..., H]."""
+        if gate is not None:
+            attended = attended * torch.sigmoid(gate)
+        written = self.self_attn.o_proj(attended.flatten(-2))
+        if not self.norms_outputs:
+            x = residual + written
+            return x + self.mlp(self.post_attention_layernorm(x))
+        x = residual + self.post_attention_layernorm(written)
+        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
 
 
 class HeadCache:
@@ -137,7 +175,9 @@ class SpeculationHead(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Draft logits [..., V_d] of the last layer's output [..., H]."""
-        return self.lm_head(self.norm(hidden))
+        logits = self.lm_head(self.norm(hidden))
+        cap = self.config.logit_softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def aggregate(self, states: Sequence[Tensor], rows: Rows) -> Tensor:
         """Anchor states, one [B, S, H] per anchor, to some rows [R, H]."""
@@ -197,7 +237,7 @@ class SpeculationHead(nn.Module):
         return HeadCache(self.config, capacity, self.dtype, self.device)
 
     def rotary_table(self, length: int) -> Rotary:
-        """cos and sin [length, D] of all positions, computed once per generation."""
+        """cos and sin [length, R] of all positions, computed once per generation."""
         probe = torch.empty(0, dtype=self.dtype, device=self.device)
         cos, sin = self._rotary(probe, torch.arange(length, device=self.device)[None])
         return cos[0], sin[0]
@@ -215,8 +255,8 @@ class SpeculationHead(nn.Module):
             cache.keys[index, :, :P], cache.values[index, :, :P] = k.transpose(0, 1), v.transpose(0, 1)
             if index == len(self.layers) - 1:
                 return
-            q = layer.self_attn.query(normed, here).transpose(0, 1)[None]
-            x = layer.finish(x, _attend(q, cache, index, P, causal=True))
+            q, gate = layer.self_attn.query(normed, here)
+            x = layer.finish(x, _attend(q, cache, index, P, causal=True), gate)
 
     @torch.no_grad()
     def step(
@@ -251,8 +291,8 @@ class SpeculationHead(nn.Module):
             cache.values[index, :, positions] = v.transpose(0, 1)
             if index == len(self.layers) - 1 and not all_rows:  # only the newest row drafts
                 x, normed, mask, here = x[-1:], normed[-1:], mask[-1:], (here[0][-1:], here[1][-1:])
-            q = layer.self_attn.query(normed, here).transpose(0, 1)[None]
-            x = layer.finish(x, _attend(q, cache, index, length, mask=mask))
+            q, gate = layer.self_attn.query(normed, here)
+            x = layer.finish(x, _attend(q, cache, index, length, mask=mask), gate)
         return x if all_rows else x[-1]
 
     def _rotary(self, x: Tensor, position_ids: Tensor) -> Rotary:
@@ -261,10 +301,15 @@ class SpeculationHead(nn.Module):
 
 
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
-    """Rotary embedding of [..., heads, D] by cos and sin [..., D] (the half-split form of Hugging Face models)."""
+    """Rotary embedding of [..., heads, D] by cos and sin [..., R] (the half-split form of Hugging Face models).
+
+    The first R <= D dimensions of a head turn, the others pass.
+    """
     cos, sin = (part.unsqueeze(-2) for part in rotary)
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    turning, passing = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    first, second = turning.chunk(2, dim=-1)
+    turned = turning * cos + torch.cat((-second, first), dim=-1) * sin
+    return torch.cat((turned, passing), dim=-1) if passing.shape[-1] else turned
 
 
 def _train_layer(
@@ -277,23 +322,24 @@ def _train_layer(
     dense: bool | None,
 ) -> Tensor:
     """One layer of the training view: some of the rows x [R, H] are `asking`; they attend to all, and go on."""
-    cos, sin = (table.flatten(0, 1) for table in rotary)  # [B S, D]
+    cos, sin = (table.flatten(0, 1) for table in rotary)  # [B S, R]
     place, where = torch.cat(rows.places), rows.find(asking)
     normed = layer.input_layernorm(x)
     key, value = layer.self_attn.key_value(normed, (cos[place], sin[place]))
-    query = layer.self_attn.query(normed[where], (cos[place[where]], sin[place[where]]))
+    query, gate = layer.self_attn.query(normed[where], (cos[place[where]], sin[place[where]]))
     attended = staircase_attention(
         asking.spread(query), rows.spread(key), rows.spread(value), layout, asking.blocks, dense, asking.chosen
     )
-    return layer.finish(x[where], asking.collect(attended))
+    return layer.finish(x[where], asking.collect(attended), gate)
 
 
 def _attend(
     query: Tensor, cache: HeadCache, layer: int, length: int, mask: Tensor | None = None, causal: bool = False
 ) -> Tensor:
-    """Attention of [1, N, R, D] over the first `length` cached positions -> [R, N, D]."""
+    """Attention of [R, N, D] over the first `length` cached positions -> [R, N, D]."""
     keys, values = cache.keys[None, layer, :, :length], cache.values[None, layer, :, :length]
-    out = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, is_causal=causal, enable_gqa=True)
+    heads_first = query.transpose(0, 1)[None]
+    out = F.scaled_dot_product_attention(heads_first, keys, values, attn_mask=mask, is_causal=causal, enable_gqa=True)
     return out[0].transpose(0, 1)
 
 
@@ -312,13 +358,14 @@ class HeadRotary(LlamaRotaryEmbedding):
 
 
 def _rotary_embedding(config: HeadConfig) -> HeadRotary:
-    """The rotary embedding of the head's own config."""
+    """The rotary embedding of the head's own config: that of a model whose heads are as wide as the part that turns."""
+    rope = {name: value for name, value in config.rope_parameters.items() if name != "partial_rotary_factor"}
     return HeadRotary(
         LlamaConfig(
             hidden_size=config.hidden_size,
             num_attention_heads=config.num_attention_heads,
-            head_dim=config.head_dim,
+            head_dim=config.rotary_dim,
             max_position_embeddings=config.max_position_embeddings,
-            rope_parameters=dict(config.rope_parameters),
+            rope_parameters=rope,
         )
     )

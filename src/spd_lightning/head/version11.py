@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from spd_lightning.errors import InputError
-from spd_lightning.head.config import HeadConfig
+from spd_lightning.head.config import HeadConfig, LayerStyle
+from spd_lightning.head.loading import target_style
 from spd_lightning.head.module import SpeculationHead
 from spd_lightning.staircase import resolve_stage_layers
+from spd_lightning.target.families import activation, full_attention_rope, logit_softcap
 
 if TYPE_CHECKING:
     from spd_lightning.target.target import Target
@@ -46,7 +48,9 @@ def read_version_11(path: Path, target: Target | None) -> SpeculationHead:
     except KeyError as error:
         raise InputError(f"{path} is no complete version-11 head: {error} is missing.") from error
     renamed = {_rename(name): tensor.float() for name, tensor in weights.items()}
-    renamed["norm.weight"] = target.norm.weight.detach().float().cpu()
+    if head.config.kind == "target" and target.norms_store_minus_one:
+        renamed |= {name: tensor + 1 for name, tensor in renamed.items() if name.endswith("norm.weight")}
+    renamed["norm.weight"] = target.norm_weight()
     try:
         head.load_state_dict(renamed)
     except RuntimeError as error:
@@ -57,6 +61,8 @@ def read_version_11(path: Path, target: Target | None) -> SpeculationHead:
 def _config(published: dict[str, Any], weights: dict[str, torch.Tensor], target: Target) -> HeadConfig:
     text = target.config
     head_dim = weights["spec_layers.0.self_attn.q_norm.weight"].shape[0]
+    queries, attended = (weights[f"spec_layers.0.self_attn.{name}.weight"] for name in ("q_proj", "o_proj"))
+    kind = "target" if queries.shape[0] == 2 * attended.shape[1] else "qwen3"  # Qwen3.5's own layers have a gate
     ids = published.get("draft_token_ids")
     return HeadConfig(
         stage_layers=resolve_stage_layers(target.num_layers, published["num_stages"], published.get("stage_layers")),
@@ -64,15 +70,18 @@ def _config(published: dict[str, Any], weights: dict[str, torch.Tensor], target:
         num_layers=published["num_spec_layers"],
         hidden_size=published["hidden_size"],
         intermediate_size=weights["spec_layers.0.mlp.gate_proj.weight"].shape[0],
-        num_attention_heads=weights["spec_layers.0.self_attn.q_proj.weight"].shape[0] // head_dim,
+        num_attention_heads=attended.shape[1] // head_dim,
         num_key_value_heads=weights["spec_layers.0.self_attn.k_proj.weight"].shape[0] // head_dim,
         head_dim=head_dim,
         vocab_size=published["vocab_size"],
         draft_token_ids=None if ids is None else tuple(sorted(int(i) for i in ids)),
         rms_norm_eps=text.rms_norm_eps,
-        hidden_act=text.hidden_act,
-        rope_parameters=dict(text.rope_parameters),
+        hidden_act=activation(text),
+        rope_parameters=full_attention_rope(text),
         max_position_embeddings=text.max_position_embeddings,
+        kind=kind,
+        style=target_style(target) if kind == "target" else LayerStyle(),
+        logit_softcap=logit_softcap(text),
     )
 
 

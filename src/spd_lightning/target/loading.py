@@ -12,7 +12,8 @@ from transformers import PretrainedConfig
 
 from spd_lightning.errors import InputError
 from spd_lightning.staircase import resolve_stage_layers
-from spd_lightning.target.target import Target, unsupported_reason
+from spd_lightning.target.families import unsupported_reason
+from spd_lightning.target.target import Target
 
 
 def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
@@ -93,7 +94,7 @@ def check_target(path_or_id: str | Path, revision: str | None = None) -> Pretrai
         config = AutoConfig.from_pretrained(source, revision=revision)
     except Exception as error:  # a field of a wrong type raises an error class of huggingface_hub's own
         raise InputError(f"target={str(path_or_id)!r} has no readable config.json: {_first_line(error)}") from error
-    if reason := unsupported_reason(config.get_text_config()):
+    if reason := unsupported_reason(config):
         raise InputError(f"target={str(path_or_id)!r} cannot be a target: {reason}.")
     return config
 

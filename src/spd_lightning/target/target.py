@@ -6,25 +6,29 @@ Two views of the same weights:
 - decoding: one stage for one token at a time, with a cache that rolls back.
 
 Both run the model's own decoder layers one by one, with every argument by keyword: what a family computes inside a
-layer stays the family's business. h_L is the last layer's output BEFORE the final norm, everywhere.
+layer stays the family's business, and what differs outside of layers is in `families`. h_L is the last layer's output
+BEFORE the final norm, everywhere.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_masks_for_generate
 
 from spd_lightning.errors import InputError
 from spd_lightning.staircase import Staircase, resolve_stage_layers
-from spd_lightning.target.cache import RollbackCache
+from spd_lightning.target.cache import RollbackCache, rollback_layer
+from spd_lightning.target.families import has_rope_per_kind, layer_kinds, logit_softcap, unsupported_reason
 
-#: Families whose decoder layers run one by one under plain causal attention.
-SUPPORTED_MODEL_TYPES = ("llama", "qwen3")
+#: cos and sin of some positions, by kind of layer: kinds may turn by different angles (Gemma 3, OLMo 3).
+Rotary = dict[str, tuple[Tensor, Tensor]]
 
 
 class Target(nn.Module):
@@ -35,6 +39,7 @@ class Target(nn.Module):
     Attributes:
         model: the Hugging Face model; its parameters never require gradients and it stays in eval mode.
         stage_layers: layers per stage, or None until a partition is chosen (`partition`).
+        layer_kinds: per decoder layer, `full_attention`, `sliding_attention` or `linear_attention`.
         source: what it was loaded from (path or hub id) and the revision; None for a model made in memory.
     """
 
@@ -46,14 +51,16 @@ class Target(nn.Module):
         revision: str | None = None,
     ) -> None:
         super().__init__()
-        if reason := unsupported_reason(model.config.get_text_config()):
+        if reason := unsupported_reason(model.config):
             raise InputError(f"This model cannot be a target: {reason}.")
         self.model = model.eval().requires_grad_(False)
         self.source, self.revision = source, revision
         self.stage_layers: tuple[int, ...] | None = None
         decoder = model.get_decoder()
         self._parts: Any = (decoder.embed_tokens, decoder.layers, decoder.norm, model.get_output_embeddings())
-        self._rotary = decoder.rotary_emb
+        self._rotary_embedding = decoder.rotary_emb
+        self.layer_kinds = layer_kinds(self.config)
+        self._softcap = logit_softcap(self.config)
         if stage_layers is not None:
             self.partition(stage_layers=stage_layers)
 
@@ -78,11 +85,15 @@ class Target(nn.Module):
 
     @property
     def vocab_size(self) -> int:
-        return int(self.lm_head.weight.shape[0])
+        return int(self.lm_head.out_features)
 
     @property
     def context_length(self) -> int:
         return int(self.config.max_position_embeddings)
+
+    def layer(self, index: int) -> nn.Module:
+        """Decoder layer `index`, Hugging Face's own."""
+        return self._parts[1][index]
 
     @property
     def norm(self) -> Any:
@@ -98,7 +109,28 @@ class Target(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.lm_head.weight.device
+        """Where token ids go in and hidden states come out; offloaded weights pass through it."""
+        embedding = self._parts[0]
+        place = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
+        return embedding.weight.device if place is None else torch.device(place)
+
+    @cached_property
+    def norms_store_minus_one(self) -> bool:
+        """Whether the family's norms multiply by 1 + weight (Gemma, Qwen3.5), found by asking one."""
+        ones = torch.ones(self.hidden_size, dtype=self.dtype, device=self.device)
+        with torch.no_grad(), _in_memory(self.norm):
+            return bool((self.norm(ones).float().cpu() - self.norm.weight.float().cpu()).mean() > 0.5)
+
+    def norm_weight(self) -> Tensor:
+        """[H] float32 on the CPU: what the final norm multiplies by."""
+        with _in_memory(self.norm):
+            return self.norm.weight.detach().float().cpu() + (1 if self.norms_store_minus_one else 0)
+
+    def lm_head_rows(self, ids: Tensor | None = None) -> Tensor:
+        """[V_d, H] float32 on the CPU: rows of the target's lm_head; all of them where `ids` is None."""
+        with _in_memory(self.lm_head):
+            weight = self.lm_head.weight.detach()
+            return (weight if ids is None else weight[ids.to(weight.device)]).float().cpu()
 
     def partition(self, num_stages: int | None = None, stage_layers: Sequence[int] | None = None) -> Target:
         """Choose the stages; raises InputError for a split that does not fit the number of layers."""
@@ -139,39 +171,73 @@ class Target(nn.Module):
         Returns:
             The anchor states, one [B, S, H] per anchor, and h_L [B, S, H].
         """
-        embed, layers, _, _ = self._parts
+        embed = self._parts[0]
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         hidden = embed(input_ids)
-        rotary = self._rotary(hidden, position_ids=position_ids)
-        if documents is None:
-            # None where the attention kernel is causal by itself, a tensor where it is not (eager attention)
-            mask = create_causal_mask(
-                config=self.config, inputs_embeds=hidden, attention_mask=None, past_key_values=cache
-            )
-        else:
-            mask = document_causal_mask(documents, hidden.dtype)
+        rotary = self._rotary(hidden, position_ids)
+        masks = self._masks(hidden, documents)
         kept = {0: hidden}
-        for index, layer in enumerate(layers):
-            hidden = self._layer(layer, hidden, position_ids, rotary, cache, mask)
+        for index in range(self.num_layers):
+            hidden = self._layer(index, hidden, position_ids, rotary, cache, masks[self.layer_kinds[index]])
             if index + 1 in anchors:
                 kept[index + 1] = hidden
-        return [kept[anchor] for anchor in anchors], hidden
+        place = kept[0].device  # a target over several devices hands everything out in one place
+        return [kept[anchor].to(place) for anchor in anchors], hidden.to(place)
+
+    def _masks(self, hidden: Tensor, documents: Tensor | None) -> dict[str, Any]:
+        """The attention mask of each kind of layer; None where its kernel is causal by itself."""
+        same_document = None
+        if documents is not None:
+            if "linear_attention" in self.layer_kinds:
+                raise InputError(
+                    f"documents are packed into one row, and family {self.config.model_type!r} has recurrent layers, "
+                    "whose state would pass from one document to the next: pad instead of packing."
+                )
+
+            def same_document(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+                return documents[batch, query] == documents[batch, key]
+
+        masks = create_masks_for_generate(
+            self.config, hidden, attention_mask=None, past_key_values=None, and_mask_function=same_document
+        )
+        return masks if isinstance(masks, dict) else dict.fromkeys(self.layer_kinds, masks)
+
+    def _rotary(self, hidden: Tensor, position_ids: Tensor) -> Rotary:
+        """cos and sin [B, S, D] of some positions for every kind of layer; `hidden` gives dtype and device."""
+        if has_rope_per_kind(self.config):
+            return {kind: self._rotary_embedding(hidden, position_ids, kind) for kind in set(self.layer_kinds)}
+        return dict.fromkeys(self.layer_kinds, self._rotary_embedding(hidden, position_ids))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Target logits [..., V] of last-layer outputs [..., H] (pre-norm)."""
-        return self.lm_head(self.norm(hidden))
+        logits = self.lm_head(self.norm(hidden)).to(hidden.device)
+        return logits if self._softcap is None else softcap(logits, self._softcap)
 
     # -- one token through one stage (decoding) ----------------------------------------------------------------------
 
-    def new_cache(self, capacity: int) -> RollbackCache:
-        return RollbackCache(self.num_layers, capacity)
+    def new_cache(self, capacity: int, stage_layers: Sequence[int] | None = None) -> RollbackCache:
+        """An empty cache for one sequence of up to `capacity` tokens.
 
-    def rotary_table(self, length: int) -> tuple[Tensor, Tensor]:
+        Args:
+            stage_layers: stages of the pipeline that fills it: stage s of n can be rolled back by n - 1 - s tokens.
+                None: one stage, which never rolls back.
+        """
+        stages = [self.num_layers] if stage_layers is None else stage_layers
+        rollbacks = [len(stages) - 1 - stage for stage, layers in enumerate(stages) for _ in range(layers)]
+        window = getattr(self.config, "sliding_window", None)
+        return RollbackCache(
+            [
+                rollback_layer(kind, capacity, rollback, window)
+                for kind, rollback in zip(self.layer_kinds, rollbacks, strict=True)
+            ]
+        )
+
+    def rotary_table(self, length: int) -> Rotary:
         """Rotary embeddings of positions 0..length-1, computed once per generation instead of per token and stage."""
         positions = torch.arange(length, device=self.device)[None]
         probe = torch.empty(1, 1, self.hidden_size, dtype=self.dtype, device=self.device)
-        return self._rotary(probe, position_ids=positions)
+        return self._rotary(probe, positions)
 
     def embed(self, token: int) -> Tensor:
         """h_0 of one token, [1, 1, H]."""
@@ -183,7 +249,7 @@ class Target(nn.Module):
         hidden: Tensor,
         layers: range,
         position: int,
-        rotary: tuple[Tensor, Tensor],
+        rotary: Rotary,
         cache: RollbackCache,
         keep: dict[int, int],
         kept: Tensor,
@@ -199,52 +265,46 @@ class Target(nn.Module):
         Returns:
             h_i [1, 1, H] with i = layers.stop.
         """
-        cos, sin = rotary
-        here = (cos[:, position : position + 1], sin[:, position : position + 1])
+        here = {kind: (cos[:, position, None], sin[:, position, None]) for kind, (cos, sin) in rotary.items()}
         positions = torch.tensor([[position]], device=hidden.device)
         for index in layers:
-            hidden = self._layer(self._parts[1][index], hidden, positions, here, cache, None)
+            hidden = self._layer(index, hidden, positions, here, cache, None)
             if index + 1 in keep:
                 kept[keep[index + 1]] = hidden[0, 0]
         return hidden
 
-    @staticmethod
     def _layer(
-        layer: nn.Module,
+        self,
+        index: int,
         hidden: Tensor,
         position_ids: Tensor,
-        rotary: tuple[Tensor, Tensor],
+        rotary: Rotary,
         cache: RollbackCache | None,
         mask: Any,
     ) -> Tensor:
-        output = layer(
+        output = self.layer(index)(
             hidden_states=hidden,
             attention_mask=mask,
             position_ids=position_ids,
             past_key_values=cache,
             use_cache=cache is not None,
-            position_embeddings=rotary,
+            position_embeddings=rotary[self.layer_kinds[index]],
         )
         return output if isinstance(output, Tensor) else output[0]
 
 
-def document_causal_mask(documents: Tensor, dtype: torch.dtype) -> Tensor:
-    """Additive [B, 1, S, S] mask: position t sees t' <= t of its own document."""
-    seen = (documents[:, :, None] == documents[:, None, :]).tril()[:, None]
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
+def softcap(logits: Tensor, cap: float) -> Tensor:
+    """Logits squeezed smoothly into (-cap, cap)."""
+    return cap * torch.tanh(logits / cap)
 
 
-def unsupported_reason(config: Any) -> str | None:
-    """Why a (text) configuration cannot be a target of this version, or None if it can; reads no weight."""
-    if config.model_type not in SUPPORTED_MODEL_TYPES:
-        return f"family {config.model_type!r}, supported are {', '.join(SUPPORTED_MODEL_TYPES)}"
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"}:
-        return f"layers of type {', '.join(sorted(kinds - {'full_attention'}))}, supported is full attention"
-    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if rope in ("dynamic", "longrope"):
-        return f"RoPE of type {rope!r}, whose angles depend on the length of the sequence"
-    return None
+def _in_memory(module: nn.Module) -> Any:
+    """Bring offloaded weights of a module into memory for a while; nothing to do for others."""
+    if not hasattr(module, "_hf_hook"):
+        return nullcontext()
+    from accelerate.utils import align_module_device
+
+    return align_module_device(module)
 
 
 def require_partition(target: Target) -> tuple[int, ...]:

@@ -46,6 +46,7 @@ def chunked_draft_kl(
     num_stages: int,
     chunk: int = 1024,
     statistics: bool = True,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sum of `draft_kl` over all positions, a chunk at a time.
 
@@ -59,13 +60,16 @@ def chunked_draft_kl(
         num_stages: n.
         chunk: C, positions whose logits exist at a time, at most (fewer on a CPU, see `CPU_CHUNK_LOGITS`).
         statistics: also fill the statistics table (sorting costs time, so training asks for it now and then).
+        softcap: c, where draft logits are c tanh(logits / c).
 
     Returns:
         The summed loss (scalar, differentiable), and statistics [n + 1, len(COLUMNS)] in float64, one row per fill;
         only `count` and `kl` are filled without `statistics`.
     """
     table = torch.zeros(num_stages + 1, len(COLUMNS), dtype=torch.float64, device=hidden.device)
-    loss = _ChunkedKL.apply(hidden, lm_head, target_hidden, target_logits, draft_ids, fills, chunk, table, statistics)
+    loss = _ChunkedKL.apply(
+        hidden, lm_head, target_hidden, target_logits, draft_ids, fills, chunk, table, statistics, softcap
+    )
     return loss, table
 
 
@@ -82,6 +86,7 @@ class _ChunkedKL(torch.autograd.Function):
         chunk: int,
         table: Tensor,
         statistics: bool,
+        softcap: float | None,
     ) -> Tensor:
         kind = hidden.device.type
         compute = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
@@ -97,14 +102,22 @@ class _ChunkedKL(torch.autograd.Function):
                 here = slice(start, start + chunk)
                 x = hidden[here].to(compute)
                 teacher = _wide(target_logits(target_hidden[here]))
-                log_q = _wide(x @ weight.T).log_softmax(-1)
+                logits = _wide(x @ weight.T)
+                squeezed = None
+                if softcap is not None:
+                    squeezed = torch.tanh(logits / softcap)
+                    logits = softcap * squeezed
+                log_q = logits.log_softmax(-1)
                 log_p = (teacher if draft_ids is None else teacher[:, draft_ids]).log_softmax(-1)
                 p = log_p.exp()
                 kl = log_p.sub_(log_q).mul_(p).sum(-1)
                 total += kl.sum()
                 _tabulate(table, fills[here], kl, log_q, teacher, draft_ids, statistics)
                 if grad_hidden is not None and grad_weight is not None:
-                    grad = log_q.exp_().sub_(p).to(compute)
+                    grad = log_q.exp_().sub_(p)
+                    if squeezed is not None:
+                        grad *= 1 - squeezed**2
+                    grad = grad.to(compute)
                     grad_hidden[here] = grad @ weight
                     grad_weight += (grad.T @ x).to(grad_weight.dtype)
         ctx.save_for_backward(grad_hidden, grad_weight)
@@ -114,7 +127,7 @@ class _ChunkedKL(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         grad_hidden, grad_weight = ctx.saved_tensors
         scale = upstream.to(grad_hidden.dtype)
-        return grad_hidden * scale, grad_weight * scale.to(grad_weight.dtype), *([None] * 7)
+        return grad_hidden * scale, grad_weight * scale.to(grad_weight.dtype), *([None] * 8)
 
 
 @torch.no_grad()

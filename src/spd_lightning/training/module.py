@@ -206,6 +206,7 @@ class SpdModule(L.LightningModule):
             num_stages=head.staircase.num_stages,
             chunk=self.settings.loss_chunk,
             statistics=statistics,
+            softcap=head.config.logit_softcap,
         )
         return total / select.sum().clamp(min=1), table
 
