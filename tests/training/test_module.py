@@ -23,11 +23,12 @@ from spd_lightning.errors import InputError
 from spd_lightning.head.layout import StaircaseLayout
 from spd_lightning.head.loading import load_head, new_head
 from spd_lightning.staircase import entry_cycles
+from spd_lightning.target.loading import Loading
 from spd_lightning.training.chat import Sample
 from spd_lightning.training.data import Batch, collate
 from spd_lightning.training.losses import COLUMNS
 from spd_lightning.training.metrics import DraftStatistics
-from spd_lightning.training.module import SpdModule
+from spd_lightning.training.module import HeadOptions, SpdModule
 
 VOCABULARY = 300
 
@@ -198,7 +199,7 @@ def test_the_loss_is_the_mean_kl_at_supervised_positions_in_value_and_gradient(
     if vocabulary:
         path = tmp_path / "vocabulary.json"
         path.write_text(json.dumps({"token_ids": sorted(random.Random(0).sample(range(VOCABULARY), 40))}))
-    module = make_module(dtype="float64", loss_chunk=7, draft_vocabulary=path and str(path))
+    module = make_module(loading=Loading(dtype="float64"), loss_chunk=7, draft_vocabulary=path and str(path))
     module.head = perturbed(module).parts()[1].double()
     batch = collate(random_samples(4, 3))
     expected, expected_gradients = straightforward(module, batch, epoch=2)
@@ -367,7 +368,9 @@ def test_resuming_with_a_missing_or_a_foreign_head_tensor_is_refused(
     assert wrong in message and "checkpoint" in message
 
 
-@pytest.mark.parametrize("options", [{"num_layers": 1}, {"anchors": [0, 4]}, {"num_stages": 2}])
+@pytest.mark.parametrize(
+    "options", [{"head": HeadOptions(num_layers=1)}, {"head": HeadOptions(anchors=[0, 4])}, {"num_stages": 2}]
+)
 def test_resuming_with_another_head_is_refused(
     trained: tuple[SpdModule, L.Trainer, Path], make_module: Callable[..., SpdModule], options: dict[str, Any]
 ) -> None:
@@ -376,7 +379,9 @@ def test_resuming_with_another_head_is_refused(
     assert "checkpoint" in message
 
 
-@pytest.mark.parametrize("options", [{"draft": True}, {"stage_layers": [2, 1, 1], "anchors": [0, 1, 2, 3, 4]}])
+@pytest.mark.parametrize(
+    "options", [{"draft": True}, {"stage_layers": [2, 1, 1], "head": HeadOptions(anchors=[0, 1, 2, 3, 4])}]
+)
 def test_resuming_with_a_head_of_other_shapes_or_stages_is_refused(
     trained: tuple[SpdModule, L.Trainer, Path],
     make_module: Callable[..., SpdModule],
@@ -385,7 +390,7 @@ def test_resuming_with_a_head_of_other_shapes_or_stages_is_refused(
 ) -> None:
     if options.pop("draft", False):
         (tmp_path / "vocabulary.json").write_text('{"token_ids": [3, 4, 5]}')
-        options["draft_vocabulary"] = str(tmp_path / "vocabulary.json")
+        options["head"] = HeadOptions(draft_vocabulary=str(tmp_path / "vocabulary.json"))
     elif "stage_layers" in options:
         options["num_stages"] = None
     module = make_module(configured=False, **options)

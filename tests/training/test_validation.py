@@ -21,7 +21,7 @@ from spd_lightning.decoding.generation import Pooled
 from spd_lightning.errors import InputError
 from spd_lightning.head.loading import draft_logits, load_head, new_head
 from spd_lightning.head.module import SpeculationHead
-from spd_lightning.target.loading import load_target
+from spd_lightning.target.loading import Loading, load_target
 from spd_lightning.training import validation
 from spd_lightning.training.data import SpdDataModule
 from spd_lightning.training.module import SpdModule
@@ -161,7 +161,7 @@ def test_a_head_keeps_its_mode_through_a_validation(make_setup: Callable[..., Se
 
 def test_a_bfloat16_target_is_validated_with_a_float32_head_in_training(make_setup: Callable[..., Setup]) -> None:
     setup = make_setup()
-    setup.module = SpdModule(str(setup.module.settings.target), num_stages=4, dtype="bfloat16")
+    setup.module = SpdModule(str(setup.module.settings.target), num_stages=4, loading=Loading(dtype="bfloat16"))
     logged = setup.fit()
     target, head = setup.module.parts()
     assert (target.dtype, head.dtype) == (torch.bfloat16, torch.float32)

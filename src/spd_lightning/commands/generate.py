@@ -50,6 +50,12 @@ def parser() -> CommandParser:
     models.add_argument("--head", help="run directory, exported folder, hub id, .ckpt or version-11 .pt")
     models.add_argument("--num-stages", type=int, metavar="N", help="refuse a head with other than N stages")
     models.add_argument("--dtype", default="auto", help="auto (bfloat16 on a GPU, else float32) or a torch name")
+    models.add_argument("--revision", help="hub revision of the target: branch, tag or commit")
+    models.add_argument("--attention", default="auto", help="the target's kernel: auto, eager, sdpa, ...")
+    models.add_argument("--device-map", metavar="auto", help="auto spreads a large target over devices and memory")
+    models.add_argument("--quantization", default="none", help="8bit or 4bit (bitsandbytes, GPU); default: none")
+    models.add_argument("--offline", action="store_true", help="use only what is on this machine already")
+    models.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the target")
     models.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: a GPU where there is one")
     text = made.add_argument_group("text")
     text.add_argument("--prompt", help="decode this and end; otherwise prompts are read one per line")
@@ -129,14 +135,16 @@ class Session:
 
         from spd_lightning.decoding.decoder import SpdDecoder
         from spd_lightning.head.loading import load_head
-        from spd_lightning.target.loading import check_target, load_target, load_tokenizer
+        from spd_lightning.target.loading import Loading, check_target, load_target, load_tokenizer
 
         disable_progress_bar()
         device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        check_target(options.target)
-        self.tokenizer = load_tokenizer(options.target)
+        names = ("revision", "dtype", "attention", "device_map", "quantization", "offline", "trust_remote_code")
+        loading = Loading(**{name: getattr(options, name) for name in names})
+        check_target(options.target, loading=loading)
+        self.tokenizer = load_tokenizer(options.target, loading)
         self.target = load_target(
-            options.target, num_stages=options.num_stages, dtype=options.dtype, device=_device(device)
+            options.target, num_stages=options.num_stages, device=_device(device), loading=loading
         )
         self.decoder = None
         if options.head is not None:

@@ -24,7 +24,7 @@ from spd_lightning.decoding.decoder import SpdDecoder, autoregressive_generate
 from spd_lightning.decoding.drafters import PromptLookupDrafter
 from spd_lightning.decoding.generation import Generation, Pooled
 from spd_lightning.head.loading import load_head, new_head
-from spd_lightning.target.loading import load_target
+from spd_lightning.target.loading import Loading, load_target
 from spd_lightning.target.target import Target
 
 DRAFTERS = ("trained head", "untrained head", "prompt lookup", "plain")
@@ -44,8 +44,7 @@ class Subject:
 
     target: str
     head: str
-    revision: str | None = None
-    dtype: str = "auto"
+    loading: Loading = Loading()
     device: str = "cpu"
     init_seed: int = 0
 
@@ -169,11 +168,19 @@ def _generator(subject: Subject, drafter: str) -> Callable[..., Generation]:
         return SpdDecoder(target, PromptLookupDrafter(head.staircase, target.vocab_size)).generate
     if drafter == "untrained head":
         config = head.config
-        head = new_head(target, config.num_layers, config.anchors, config.draft_token_ids, subject.init_seed)
+        head = new_head(
+            target,
+            config.num_layers,
+            config.anchors,
+            config.draft_token_ids,
+            subject.init_seed,
+            config.kind,
+            config.intermediate_size,
+        )
     return SpdDecoder(target, head.eval()).generate
 
 
 @lru_cache(maxsize=1)
 def _loaded(subject: Subject) -> tuple[Target, Any]:
-    target = load_target(subject.target, dtype=subject.dtype, device=subject.device, revision=subject.revision)
+    target = load_target(subject.target, device=subject.device, loading=subject.loading)
     return target, load_head(Path(subject.head), target)

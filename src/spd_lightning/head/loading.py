@@ -301,6 +301,21 @@ def _from_folder(folder: Path) -> SpeculationHead:
 
 
 def _from_checkpoint(path: Path) -> SpeculationHead:
+    config, state = _checkpoint(path)
+    weights = {
+        name.removeprefix(CHECKPOINT_PREFIX): tensor
+        for name, tensor in state.items()
+        if name.startswith(CHECKPOINT_PREFIX)
+    }
+    return _filled(config, weights, path)
+
+
+def checkpoint_head_config(path: Path) -> HeadConfig:
+    """The configuration of the head in a training checkpoint (.ckpt); InputError where there is none."""
+    return _checkpoint(path)[0]
+
+
+def _checkpoint(path: Path) -> tuple[HeadConfig, dict[str, Tensor]]:
     try:
         data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # zip, pickle and runtime errors: a damaged file raises any of them
@@ -308,15 +323,9 @@ def _from_checkpoint(path: Path) -> SpeculationHead:
     if not isinstance(data, dict) or "head_config" not in data or "state_dict" not in data:
         raise InputError(f"{path} is not a checkpoint of a head training run (no head_config in it).")
     try:
-        config = HeadConfig(**data["head_config"])
+        return HeadConfig(**data["head_config"]), data["state_dict"]
     except (TypeError, ValueError) as error:
         raise InputError(f"{path}: its head_config describes no head: {error}") from error
-    weights = {
-        name.removeprefix(CHECKPOINT_PREFIX): tensor
-        for name, tensor in data["state_dict"].items()
-        if name.startswith(CHECKPOINT_PREFIX)
-    }
-    return _filled(config, weights, path)
 
 
 def _filled(config: HeadConfig, weights: dict[str, Tensor], where: Path) -> SpeculationHead:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import PretrainedConfig
@@ -31,23 +33,88 @@ def embedded_target_path() -> Path:
     return Path(__file__).resolve().parent.parent / "embedded" / "target"
 
 
+@dataclass(frozen=True)
+class Loading:
+    """How the frozen target is loaded.
+
+    Args:
+        revision: hub revision (branch, tag or commit) of target and tokenizer.
+        dtype: of the weights: auto is bfloat16 on a GPU, float32 on a CPU.
+        attention: kernel of the target's attention layers: auto, eager, sdpa, flash_attention_2, ...
+        device_map: auto spreads a target that is larger than one device over all of them, then memory, then disk;
+            or a mapping of module names to devices. Needs accelerate, and one process (trainer.devices 1).
+        offload_folder: where weights lie that a device_map puts on disk.
+        quantization: 8bit or 4bit loads quantised weights by bitsandbytes, which needs a GPU.
+        offline: use nothing but what is on this machine already.
+        trust_remote_code: run code that comes with the model; never unless you have read it.
+    """
+
+    revision: str | None = None
+    dtype: str = "auto"
+    attention: str = "auto"
+    device_map: str | dict[str, int | str] | None = field(default=None, hash=False)
+    offload_folder: str | None = None
+    quantization: Literal["none", "8bit", "4bit"] = "none"
+    offline: bool = False
+    trust_remote_code: bool = False
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """What decides which files are read: config, tokenizer and weights are asked for alike."""
+        return {
+            "revision": self.revision,
+            "local_files_only": self.offline,
+            "trust_remote_code": self.trust_remote_code,
+        }
+
+    def check(self) -> None:
+        """Refuse what cannot work on this machine.
+
+        Raises:
+            InputError: naming the field.
+        """
+        if self.quantization not in ("none", "8bit", "4bit"):
+            raise InputError(f"loading.quantization={self.quantization!r}: expected none, 8bit or 4bit.")
+        if self.quantization != "none":
+            if find_spec("bitsandbytes") is None:
+                raise InputError(
+                    f"loading.quantization={self.quantization} needs the package bitsandbytes, which is not "
+                    "installed: pip install 'spd_lightning[large]', or set it to none."
+                )
+            if not torch.cuda.is_available():
+                raise InputError(
+                    f"loading.quantization={self.quantization} needs a GPU, and torch finds none here: set it to none."
+                )
+        if (self.device_map is not None or self.quantization != "none") and find_spec("accelerate") is None:
+            raise InputError(
+                "loading.device_map and loading.quantization need the package accelerate, which is not installed: "
+                "pip install 'spd_lightning[large]'."
+            )
+        if self.offload_folder is not None and self.device_map is None:
+            raise InputError(
+                f"loading.offload_folder={self.offload_folder!r} is used by nothing: set loading.device_map too."
+            )
+
+
 def load_target(
     path_or_id: str | Path,
     num_stages: int | None = None,
-    stage_layers: Sequence[int] | None = None,
+    stage_layers: Sequence[int] | Literal["auto"] | None = None,
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
     revision: str | None = None,
+    loading: Loading | None = None,
 ) -> Target:
     """Load and freeze a causal language model, cut into stages where `num_stages` or `stage_layers` is given.
 
     Args:
         path_or_id: a local folder, a hub id, or `tiny` for the embedded target.
-        num_stages: n, an even split of the L layers.
-        stage_layers: layers per stage by hand; their sum is L.
+        num_stages: n; a balanced split of the L layers.
+        stage_layers: layers per stage by hand, whose sum is L; or `auto`: measured, see `measured_split`.
         dtype: `auto` (default): bfloat16 on a GPU, float32 on a CPU.
         device: default `cpu`; move the target like any module.
         revision: hub revision.
+        loading: everything else that can be chosen; `dtype` and `revision`, where given, win over its own.
 
     Raises:
         InputError: for a missing or truncated folder, an unsupported family or an impossible split; all but truncated
@@ -55,15 +122,23 @@ def load_target(
     """
     from transformers import AutoModelForCausalLM
 
-    config = check_target(path_or_id, revision)
+    loading = loading or Loading()
+    loading = replace(loading, revision=revision or loading.revision)
+    config = check_target(path_or_id, loading=loading)
     split = None
-    if num_stages is not None or stage_layers is not None:
-        split = resolve_stage_layers(config.num_hidden_layers, num_stages, stage_layers)
+    if stage_layers == "auto":
+        resolve_stage_layers(config.get_text_config().num_hidden_layers, num_stages)
+    elif num_stages is not None or stage_layers is not None:
+        split = resolve_stage_layers(config.get_text_config().num_hidden_layers, num_stages, stage_layers)
     place = torch.device(device or "cpu")
-    kind = resolve_dtype(dtype, place)
+    kind = resolve_dtype(dtype or loading.dtype, place)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            _source(path_or_id), dtype=kind, revision=revision, output_loading_info=True
+            _source(path_or_id),
+            dtype=kind,
+            output_loading_info=True,
+            **loading.source,
+            **_placement(loading, place, kind),
         )
     except Exception as error:  # safetensors, torch, OS and hub errors have no common base
         raise InputError(
@@ -76,37 +151,84 @@ def load_target(
             f"target={str(path_or_id)!r}: its weights lack {missing[0]} ({len(missing)} tensors that config.json "
             "describes). Expected complete *.safetensors files that match config.json."
         )
-    model.to(place)
-    return Target(model, split, source=str(path_or_id), revision=revision)
+    if not hasattr(model, "hf_device_map"):
+        model.to(place)
+    target = Target(model, split, source=str(path_or_id), revision=loading.revision)
+    if stage_layers == "auto":
+        from spd_lightning.target.balance import measured_split
+
+        assert num_stages is not None
+        target.partition(stage_layers=measured_split(target, num_stages).stage_layers)
+    return target
 
 
-def check_target(path_or_id: str | Path, revision: str | None = None) -> PretrainedConfig:
+def _placement(loading: Loading, place: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Arguments of `from_pretrained` that say where weights go and how they are stored."""
+    arguments: dict[str, Any] = {}
+    if loading.attention != "auto":
+        arguments["attn_implementation"] = loading.attention
+    if loading.device_map is not None:
+        arguments |= {"device_map": loading.device_map, "offload_folder": loading.offload_folder}
+    if loading.quantization != "none":
+        from transformers import BitsAndBytesConfig
+
+        arguments["quantization_config"] = (
+            BitsAndBytesConfig(load_in_8bit=True)
+            if loading.quantization == "8bit"
+            else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+        )
+        arguments.setdefault("device_map", {"": place})  # quantised weights cannot be moved afterwards
+    return arguments
+
+
+def check_target(
+    path_or_id: str | Path, revision: str | None = None, loading: Loading | None = None
+) -> PretrainedConfig:
     """The target's configuration, refused where it cannot be a target; reads no weight.
 
     Raises:
-        InputError: for a missing or damaged folder or an unsupported family.
+        InputError: for a missing or damaged folder, an unsupported family, or a way of loading that cannot work here.
     """
     from transformers import AutoConfig
 
+    loading = loading or Loading()
+    loading = replace(loading, revision=revision or loading.revision)
+    loading.check()
     source = _source(path_or_id)
     _check_folder(source)
     try:
-        config = AutoConfig.from_pretrained(source, revision=revision)
+        config = AutoConfig.from_pretrained(source, **loading.source)
     except Exception as error:  # a field of a wrong type raises an error class of huggingface_hub's own
         raise InputError(f"target={str(path_or_id)!r} has no readable config.json: {_first_line(error)}") from error
     if reason := unsupported_reason(config):
         raise InputError(f"target={str(path_or_id)!r} cannot be a target: {reason}.")
+    if loading.attention != "auto":
+        _check_attention(config, loading.attention)
     return config
 
 
-def load_tokenizer(path_or_id: str | Path, revision: str | None = None):  # type: ignore[no-untyped-def]
+def _check_attention(config: PretrainedConfig, attention: str) -> None:
+    """Refuse a kernel that the family or this machine does not have, by building the model without weights."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    except Exception as error:  # ImportError, ValueError, ...: whatever the kernel's package raises
+        raise InputError(
+            f"loading.attention={attention!r} cannot be used here: {_first_line(error)} Expected auto, eager, sdpa, "
+            "flash_attention_2 or another kernel that the model supports."
+        ) from error
+
+
+def load_tokenizer(path_or_id: str | Path, loading: Loading | None = None):  # type: ignore[no-untyped-def]
     """The target's tokenizer; InputError where it is missing or damaged."""
     from transformers import AutoTokenizer
 
     source = _source(path_or_id)
     _check_folder(source)
     try:
-        return AutoTokenizer.from_pretrained(source, revision=revision)
+        return AutoTokenizer.from_pretrained(source, **(loading or Loading()).source)
     except Exception as error:  # the Rust tokenizer raises bare Exception for damaged files
         raise InputError(f"tokenizer of {str(path_or_id)!r} cannot be read: {_first_line(error)}") from error
 

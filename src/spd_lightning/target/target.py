@@ -12,7 +12,7 @@ BEFORE the final norm, everywhere.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from typing import Any
@@ -67,6 +67,10 @@ class Target(nn.Module):
     def train(self, mode: bool = True) -> Target:
         """The target is frozen: it stays in eval mode when a surrounding module is set to train."""
         return super().train(False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Target:
+        """Weights that were placed on several devices, offloaded or quantised stay as they are."""
+        return self if hasattr(self.model, "hf_device_map") else super()._apply(fn, recurse)
 
     # -- what it is ----------------------------------------------------------------------------------------------
 

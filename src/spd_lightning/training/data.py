@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from spd_lightning.errors import InputError
 from spd_lightning.randomness import Purpose, generator
+from spd_lightning.target.loading import Loading, load_tokenizer
 from spd_lightning.training.chat import ChatEncoder, Sample
 
 Batch = dict[str, Tensor]
@@ -55,6 +56,7 @@ class SpdDataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         self.tokenizer_source = tokenizer
+        self.loading = Loading()  # a run that takes the target's tokenizer asks for it as for the target
         self.train_files, self.validation_files = _paths("train", train), _paths("validation", validation)
         self.max_length, self.batch_size, self.seed = max_length, batch_size, seed
         self.validation_samples, self.num_workers = validation_samples, num_workers
@@ -78,9 +80,7 @@ class SpdDataModule(L.LightningDataModule):
 
     @property
     def encoder(self) -> ChatEncoder:
-        from spd_lightning.target.loading import load_tokenizer
-
-        return ChatEncoder(load_tokenizer(self.tokenizer_source), self.max_length)
+        return ChatEncoder(load_tokenizer(self.tokenizer_source, self.loading), self.max_length)
 
     def prompts(self, count: int, skip: int = 0) -> list[list[int]]:
         """Held-out prompts for real decoding, up to the first assistant turn. InputError if there are too few."""

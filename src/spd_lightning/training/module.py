@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -11,17 +11,45 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from spd_lightning.errors import InputError
+from spd_lightning.head.config import HeadConfig
 from spd_lightning.head.layout import StaircaseLayout
-from spd_lightning.head.loading import CHECKPOINT_PREFIX, new_head
+from spd_lightning.head.loading import CHECKPOINT_PREFIX, new_head, resolve_head_kind
 from spd_lightning.head.module import SpeculationHead
 from spd_lightning.head.vocabulary import read_draft_vocabulary
 from spd_lightning.randomness import Purpose, generator
-from spd_lightning.staircase import Staircase, default_anchors, resolve_stage_layers
-from spd_lightning.target.loading import check_target, load_target
+from spd_lightning.staircase import Staircase, default_anchors, empty_stages, resolve_stage_layers
+from spd_lightning.target.balance import measured_split
+from spd_lightning.target.loading import Loading, check_target, load_target
 from spd_lightning.target.target import Target
 from spd_lightning.training.data import Batch, supervised_positions
 from spd_lightning.training.losses import chunked_draft_kl
 from spd_lightning.training.metrics import DraftStatistics, by_fill
+
+
+@dataclass(frozen=True)
+class HeadOptions:
+    """What head is trained.
+
+    Args:
+        kind: its layers: qwen3 is what most published heads have; target builds them like the target's own attention
+            layers (dense, full attention); auto is the kind published for the target's family.
+        num_layers: decoder layers of the head.
+        anchors: hidden-state indices it reads; default: stage boundaries at depths 0, n/8, 3n/8, 6n/8, n.
+        draft_vocabulary: JSON file with "token_ids", the ids it can propose; default: all of them.
+        intermediate_size: width of its MLPs; default: the target's (of a mixture without dense layers, the width of
+            the experts a token passes).
+    """
+
+    kind: Literal["auto", "qwen3", "target"] = "auto"
+    num_layers: int = 2
+    anchors: list[int] | None = None
+    draft_vocabulary: str | None = None
+    intermediate_size: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("num_layers", self.num_layers), ("intermediate_size", self.intermediate_size)):
+            if value is not None and value < 1:
+                raise InputError(f"model.head.{name}={value}: expected at least 1.")
 
 
 class SpdModule(L.LightningModule):
@@ -29,13 +57,11 @@ class SpdModule(L.LightningModule):
 
     Args:
         target: folder or hub id of the frozen target; `tiny` is the embedded one.
-        revision: hub revision of the target.
-        dtype: of the frozen target: auto is bfloat16 on a GPU, float32 on a CPU.
-        num_stages: n, pipeline stages of equal size (as far as L allows).
-        stage_layers: layers per stage by hand, instead of num_stages.
-        anchors: hidden-state indices the head reads; default: stage boundaries at depths 0, n/8, 3n/8, 6n/8, n.
-        num_layers: decoder layers of the head.
-        draft_vocabulary: JSON file with "token_ids", the ids the head can propose; default: all of them.
+        loading: how the target is loaded.
+        num_stages: n, pipeline stages; balanced, where L allows no equal ones.
+        stage_layers: layers per stage by hand, instead of num_stages; or auto: num_stages stages of equal measured
+            time, embedding, lm_head and verification included.
+        head: what head is trained.
         restart_rate: probability that a training token starts after a flush, 1 - p of the decoder it is meant for.
         learning_rate: peak, AdamW.
         weight_decay: on matrices only.
@@ -48,13 +74,10 @@ class SpdModule(L.LightningModule):
     def __init__(
         self,
         target: str = "tiny",
-        revision: str | None = None,
-        dtype: str = "auto",
+        loading: Loading = Loading(),  # noqa: B008 (frozen)
         num_stages: int | None = None,
-        stage_layers: list[int] | None = None,
-        anchors: list[int] | None = None,
-        num_layers: int = 2,
-        draft_vocabulary: str | None = None,
+        stage_layers: list[int] | Literal["auto"] | None = None,
+        head: HeadOptions = HeadOptions(),  # noqa: B008 (frozen)
         restart_rate: float = 0.15,
         learning_rate: float = 1e-3,
         weight_decay: float = 0.0,
@@ -64,8 +87,12 @@ class SpdModule(L.LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters()
+        self.save_hyperparameters(ignore=["loading", "head"])  # checkpoints hold plain values, no classes
+        self.save_hyperparameters({"loading": asdict(loading), "head": asdict(head)})
         self.settings: Any = self.hparams
+        self.loading, self.head_options = loading, head
+        #: Layers per stage, where they are known before anything is measured: a resumed run keeps its own.
+        self.stage_layers: tuple[int, ...] | None = None
         for name, value, low, high in (
             ("restart_rate", restart_rate, 0, 1),
             ("warmup", warmup, 0, 1),
@@ -75,9 +102,8 @@ class SpdModule(L.LightningModule):
                 raise InputError(f"model.{name}={value}: expected a number from {low} to {high}.")
         if not learning_rate > 0:
             raise InputError(f"model.learning_rate={learning_rate}: expected a positive number.")
-        for name, value in (("num_layers", num_layers), ("loss_chunk", loss_chunk)):
-            if value < 1:
-                raise InputError(f"model.{name}={value}: expected at least 1.")
+        if loss_chunk < 1:
+            raise InputError(f"model.loss_chunk={loss_chunk}: expected at least 1.")
         self.strict_loading = False  # the frozen target is in no checkpoint; missing HEAD keys are refused below
         self.tokens_seen = 0
         self.statistics_due = 0  # the optimizer step after which training statistics are logged
@@ -88,36 +114,65 @@ class SpdModule(L.LightningModule):
     # -- building ------------------------------------------------------------------------------------------------
 
     def check(self) -> Staircase:
-        """Everything that can be refused without reading a weight; returns the staircase the run will have."""
+        """Everything that can be refused without reading a weight; returns the staircase the run will have.
+
+        With `stage_layers: auto` and nothing measured yet, that of a balanced split stands in for it.
+        """
         hp = self.settings
-        config = check_target(hp.target, hp.revision)
-        stages = resolve_stage_layers(config.num_hidden_layers, hp.num_stages, hp.stage_layers)
-        staircase = Staircase(stages, tuple(hp.anchors) if hp.anchors is not None else default_anchors(stages))
+        config = check_target(hp.target, loading=self.loading).get_text_config()
+        resolve_head_kind(self.head_options.kind, config)
+        stages = self.stage_layers
+        if stages is None:
+            by_hand = None if hp.stage_layers == "auto" else hp.stage_layers
+            stages = resolve_stage_layers(config.num_hidden_layers, hp.num_stages, by_hand)
+        staircase = Staircase(stages, tuple(self.head_options.anchors or default_anchors(stages)))
+        if message := empty_stages(stages):
+            L.pytorch.utilities.rank_zero_warn(message)
         if staircase.unreachable_blocks:
             names = [staircase.anchors[k] for k in staircase.unreachable_blocks]
             L.pytorch.utilities.rank_zero_warn(
                 f"No depth of stage_layers={list(stages)} ends at anchors {names}: their blocks have no rows of their "
                 "own and only feed deeper ones. Choose anchors at stage boundaries."
             )
-        if hp.draft_vocabulary is not None:
-            read_draft_vocabulary(hp.draft_vocabulary, config.vocab_size)
+        if self.head_options.draft_vocabulary is not None:
+            read_draft_vocabulary(self.head_options.draft_vocabulary, config.vocab_size)
         return staircase
 
     def configure_model(self) -> None:
         if self.head is not None:
             return
-        hp = self.settings
+        hp, options = self.settings, self.head_options
         staircase = self.check()
-        device = self._trainer.strategy.root_device if self._trainer is not None else torch.device("cpu")
-        self.target = load_target(
-            hp.target, stage_layers=staircase.stage_layers, dtype=hp.dtype, device=device, revision=hp.revision
-        )
+        device, ranks = torch.device("cpu"), 1
+        if self._trainer is not None:
+            device, ranks = self._trainer.strategy.root_device, self._trainer.world_size
+        if self.loading.device_map is not None and ranks > 1:
+            raise InputError(
+                f"model.loading.device_map={self.loading.device_map!r} lets one process use every device, and "
+                f"{ranks} processes train: set trainer.devices to 1, or leave the map out."
+            )
+        self.target = load_target(hp.target, device=device, loading=self.loading)
+        if hp.stage_layers == "auto" and self.stage_layers is None:
+            self.stage_layers = self._measured_stages(self.target)
+            staircase = self.check()
+        self.target.partition(stage_layers=staircase.stage_layers)
         ids = None
-        if hp.draft_vocabulary is not None:
-            ids = read_draft_vocabulary(hp.draft_vocabulary, self.target.vocab_size)
-        self.head = new_head(self.target, hp.num_layers, staircase.anchors, ids, hp.seed)
+        if options.draft_vocabulary is not None:
+            ids = read_draft_vocabulary(options.draft_vocabulary, self.target.vocab_size)
+        self.head = new_head(
+            self.target, options.num_layers, staircase.anchors, ids, hp.seed, options.kind, options.intermediate_size
+        )
         self.train_statistics = DraftStatistics(staircase.num_stages)
         self.val_statistics = DraftStatistics(staircase.num_stages)
+
+    def _measured_stages(self, target: Target) -> tuple[int, ...]:
+        """Stages of equal time, measured by the first process for all of them."""
+        split = None
+        if self._trainer is None or self._trainer.is_global_zero:
+            split = measured_split(target, self.settings.num_stages)
+            print(split.table(), flush=True)
+        stages = () if split is None else split.stage_layers
+        return stages if self._trainer is None else tuple(self._trainer.strategy.broadcast(stages))
 
     def parts(self) -> tuple[Target, SpeculationHead]:
         """Target and head, once `configure_model` has run."""
@@ -241,6 +296,8 @@ class SpdModule(L.LightningModule):
         self.tokens_seen = checkpoint.get("tokens_seen", 0)
         _, head = self.parts()
         ours, theirs = asdict(head.config), checkpoint.get("head_config", {})
+        if theirs:  # fields that it is too old to have mean their defaults
+            theirs = asdict(HeadConfig(**theirs))
         if differing := [name for name in ours if ours[name] != theirs.get(name)]:
             name = differing[0]
             raise InputError(

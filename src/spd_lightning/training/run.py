@@ -32,7 +32,8 @@ from spd_lightning.decoding.evaluation import (
 )
 from spd_lightning.decoding.sampling import Sampling
 from spd_lightning.errors import InputError
-from spd_lightning.head.loading import CHECKPOINT_PREFIX, load_head, save_head
+from spd_lightning.head.loading import CHECKPOINT_PREFIX, checkpoint_head_config, load_head, save_head
+from spd_lightning.staircase import Staircase
 from spd_lightning.target.loading import check_target
 from spd_lightning.training.data import SpdDataModule
 from spd_lightning.training.loggers import JsonLinesLogger
@@ -71,7 +72,7 @@ def fit(cli: Any) -> Path:
     """The main job: check, train with real decoding in every validation, evaluate, report."""
     module, data, trainer = cli.model, cli.datamodule, cli.trainer
     final = FinalEvaluation(**plain(cli.config["final"]))
-    staircase = module.check()
+    staircase = _prepare(cli)
     directory = new_run_directory(Path(cli.config["run_dir"]))
     record = RunRecord(directory, plain(cli.config))
     record.save()
@@ -111,8 +112,19 @@ def fit(cli: Any) -> Path:
 def validate(cli: Any) -> list[Any]:
     """Teacher-forced metrics and real decoding of a checkpoint (or of the untrained head), without training."""
     module, data, trainer = cli.model, cli.datamodule, cli.trainer
-    module.check()
+    _prepare(cli)
     return trainer.validate(module, datamodule=data, ckpt_path=cli.config.get("ckpt_path"))
+
+
+def _prepare(cli: Any) -> Staircase:
+    """Let the parts of a run know of one another, and refuse what can be refused without reading a weight."""
+    module, data = cli.model, cli.datamodule
+    if data.tokenizer_source == module.settings.target:
+        data.loading = module.loading
+    if (path := cli.config.get("ckpt_path")) is not None and module.settings.stage_layers == "auto":
+        # what was measured then holds: another clock today must not ask for another head
+        module.stage_layers = checkpoint_head_config(Path(path)).stage_layers
+    return module.check()
 
 
 # -- pieces of fit -----------------------------------------------------------------------------------------------------
@@ -150,7 +162,7 @@ def _check_data(
     module: SpdModule, data: SpdDataModule, decoding: DecodingValidation, final: FinalEvaluation, seen: int
 ) -> None:
     """Refuse before anything is loaded: foreign tokens, and held-out prompts that are too few or too long to decode."""
-    config = check_target(module.settings.target, module.settings.revision).get_text_config()
+    config = check_target(module.settings.target, loading=module.loading).get_text_config()
     largest = max(max(sample.ids) for sample in (*data.train_samples, *data.validation_set))
     if largest >= config.vocab_size:
         raise InputError(
@@ -199,8 +211,7 @@ def _final(record: RunRecord, module: SpdModule, data: SpdDataModule, final: Fin
     subject = Subject(
         target=str(hp.target),
         head=str(record.directory / "head"),
-        revision=hp.revision,
-        dtype=hp.dtype,
+        loading=module.loading,
         device=target.device.type,
         init_seed=hp.seed,
     )
