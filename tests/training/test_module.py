@@ -199,7 +199,8 @@ def test_the_loss_is_the_mean_kl_at_supervised_positions_in_value_and_gradient(
     if vocabulary:
         path = tmp_path / "vocabulary.json"
         path.write_text(json.dumps({"token_ids": sorted(random.Random(0).sample(range(VOCABULARY), 40))}))
-    module = make_module(loading=Loading(dtype="float64"), loss_chunk=7, draft_vocabulary=path and str(path))
+    options = HeadOptions(draft_vocabulary=path and str(path))
+    module = make_module(loading=Loading(dtype="float64"), loss_chunk=7, head=options)
     module.head = perturbed(module).parts()[1].double()
     batch = collate(random_samples(4, 3))
     expected, expected_gradients = straightforward(module, batch, epoch=2)
