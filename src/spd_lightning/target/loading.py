@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 from spd_lightning.errors import InputError
 from spd_lightning.staircase import resolve_stage_layers
 from spd_lightning.target.families import unsupported_reason
-from spd_lightning.target.target import Target
+from spd_lightning.target.target import Target, is_placed
 
 
 def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
@@ -151,7 +151,7 @@ def load_target(
             f"target={str(path_or_id)!r}: its weights lack {missing[0]} ({len(missing)} tensors that config.json "
             "describes). Expected complete *.safetensors files that match config.json."
         )
-    if not hasattr(model, "hf_device_map"):
+    if not is_placed(model):
         model.to(place)
     target = Target(model, split, source=str(path_or_id), revision=loading.revision)
     if stage_layers == "auto":

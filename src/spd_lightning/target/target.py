@@ -70,7 +70,7 @@ class Target(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Target:
         """Weights that were placed on several devices, offloaded or quantised stay as they are."""
-        return self if hasattr(self.model, "hf_device_map") else super()._apply(fn, recurse)
+        return self if is_placed(self.model) else super()._apply(fn, recurse)
 
     # -- what it is ----------------------------------------------------------------------------------------------
 
@@ -122,13 +122,16 @@ class Target(nn.Module):
     def norms_store_minus_one(self) -> bool:
         """Whether the family's norms multiply by 1 + weight (Gemma, Qwen3.5), found by asking one."""
         ones = torch.ones(self.hidden_size, dtype=self.dtype, device=self.device)
-        with torch.no_grad(), _in_memory(self.norm):
-            return bool((self.norm(ones).float().cpu() - self.norm.weight.float().cpu()).mean() > 0.5)
+        with torch.no_grad():
+            return bool((self.norm(ones).float().cpu() - self._stored_norm_weight()).mean() > 0.5)
 
     def norm_weight(self) -> Tensor:
         """[H] float32 on the CPU: what the final norm multiplies by."""
+        return self._stored_norm_weight() + (1 if self.norms_store_minus_one else 0)
+
+    def _stored_norm_weight(self) -> Tensor:
         with _in_memory(self.norm):
-            return self.norm.weight.detach().float().cpu() + (1 if self.norms_store_minus_one else 0)
+            return self.norm.weight.detach().float().cpu()
 
     def lm_head_rows(self, ids: Tensor | None = None) -> Tensor:
         """[V_d, H] float32 on the CPU: rows of the target's lm_head; all of them where `ids` is None."""
@@ -295,6 +298,11 @@ class Target(nn.Module):
             position_embeddings=rotary[self.layer_kinds[index]],
         )
         return output if isinstance(output, Tensor) else output[0]
+
+
+def is_placed(model: PreTrainedModel) -> bool:
+    """Whether loading decided where and how the weights are stored, so that they cannot be moved or cast."""
+    return hasattr(model, "hf_device_map") or bool(getattr(model, "is_quantized", False))
 
 
 def softcap(logits: Tensor, cap: float) -> Tensor:
