@@ -1,6 +1,6 @@
-"""Renew the tables of docs/performance.md from benchmarks/records/training_cost.json.
+"""Renew the tables of docs/performance.md from benchmarks/records/training_cost.json and rollback.json.
 
-    python benchmarks/training_cost.py && python benchmarks/performance.py
+    python benchmarks/training_cost.py && python benchmarks/rollback.py && python benchmarks/performance.py
 
 Each table stands between `<!-- table: NAME -->` and `<!-- /table -->`; the text around them is written by hand.
 """
@@ -139,16 +139,51 @@ def arithmetic(record: dict[str, Any]) -> str:
     return markdown("S | dense, GFLOP | ours, GFLOP | ratio | dense, GFLOP/s | ours, GFLOP/s", rows)
 
 
-TABLES = {f.__name__: f for f in (source, step, attention, memory, profile, arithmetic)}
+def rollback(record: dict[str, Any]) -> str:
+    return markdown(
+        "restarts behind | context | cycle, ms | of a fresh cache, ms | ratio",
+        (
+            [
+                f"{row['restarts_behind']:,}",
+                f"{row['context']:,}",
+                f"{row['cycle_ms']:.2f}",
+                f"{row['fresh_cycle_ms']:.2f}",
+                f"**{row['old_over_fresh']:.3f}**",
+            ]
+            for row in record["cycles"]["groups"]
+        ),
+    )
+
+
+def rollback_memory(record: dict[str, Any]) -> str:
+    cycles, memory = record["cycles"], record["memory"]
+    return markdown(
+        "what | measured",
+        [
+            ["tensor operations while going back", str(memory["tensor_operations_while_going_back"])],
+            ["buffers of the cache", str(memory["buffers"])],
+            ["of them moved or replaced after warm-up", str(memory["buffers_that_moved_or_were_replaced"])],
+            ["bytes of Python objects kept (integers)", str(memory["python_bytes_kept_by_going_back"])],
+            ["snapshots, all layers", f"{memory['snapshot_mib']:.2f} MiB"],
+            ["going back, all layers", f"{cycles['return_us']:.0f} us"],
+            ["a deep copy of the same cache", f"{cycles['deep_copy_us']:.0f} us"],
+        ],
+    )
+
+
+#: Name of a table in the document -> what makes it, and from which record.
+TABLES = {f.__name__: (f, "training_cost") for f in (source, step, attention, memory, profile, arithmetic)}
+TABLES |= {f.__name__: (f, "rollback") for f in (rollback, rollback_memory)}
+TABLES["rollback_source"] = (source, "rollback")
 
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    record = json.loads((RECORDS / "training_cost.json").read_text())
     text = DOCUMENT.read_text()
-    for name, table in TABLES.items():
+    for name, (table, source_of) in TABLES.items():
+        record = json.loads((RECORDS / f"{source_of}.json").read_text())
         pattern = rf"(<!-- table: {name} -->\n).*?(<!-- /table -->)"
-        text, count = re.subn(pattern, lambda m, t=table: f"{m[1]}{t(record)}\n{m[2]}", text, flags=re.DOTALL)
+        text, count = re.subn(pattern, lambda m, t=table, r=record: f"{m[1]}{t(r)}\n{m[2]}", text, flags=re.DOTALL)
         if count != 1:
             raise SystemExit(f"{DOCUMENT.relative_to(ROOT)} has {count} places for the table {name!r}: expected one.")
     temporary = DOCUMENT.with_name(f".{DOCUMENT.name}")

@@ -53,6 +53,11 @@ class FullAttentionLayer(CacheLayerMixin):
         self.values[:, :, start : self.length] = value_states
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
+    @property
+    def buffers(self) -> list[Tensor]:
+        """Everything it holds; allocated by the first tokens, and never again."""
+        return [buffer for buffer in (self.keys, self.values) if buffer is not None]
+
     def truncate(self, length: int) -> None:
         self.length = min(self.length, length)
 
@@ -158,6 +163,11 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin):
             self._conv = conv_states.new_zeros(self.slots, *conv_states.shape)
         if recurrent_states is not None:
             self._recurrent = recurrent_states.new_zeros(self.slots, *recurrent_states.shape)
+
+    @property
+    def buffers(self) -> list[Tensor]:
+        """Everything it holds; allocated by the first tokens, and never again."""
+        return [buffer for buffer in (self._conv, self._recurrent) if buffer is not None]
 
     @property
     def conv_state(self) -> Tensor | None:
