@@ -97,15 +97,22 @@ def test_training_on_a_target_that_is_partly_on_disk_gives_the_same_head(
         name: "cpu" for name in ("model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head")
     }
     places |= {f"model.layers.{index}": "disk" if index % 2 else "cpu" for index in range(4)}
-    fit(tmp_path / "plain")
+    final = {"final__prompts": 2, "final__max_new_tokens": 6}
+    fit(tmp_path / "plain", **final)
     fit(
         tmp_path / "offloaded",
+        **final,
         model__loading__device_map=json.dumps(places),
         model__loading__offload_folder=tmp_path / "offload",
     )
     heads = [load_head(tmp_path / name) for name in ("plain", "offloaded")]
     for one, other in zip(heads[0].parameters(), heads[1].parameters(), strict=True):
         assert torch.equal(one, other)
+    results = [json.loads((tmp_path / name / "run.json").read_text())["results"] for name in ("plain", "offloaded")]
+    for arms in zip(results[0]["final"], results[1]["final"], strict=True):
+        one, other = ({k: v for k, v in arm.items() if "seconds" not in k} for arm in arms)
+        assert one == other
+    assert results[0]["lossless"] == results[1]["lossless"] == {"identical": 2, "ties": 0, "mismatches": 0}
 
 
 def test_a_device_map_with_several_processes_is_refused(model_folder: Path) -> None:

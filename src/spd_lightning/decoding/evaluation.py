@@ -25,7 +25,7 @@ from spd_lightning.decoding.drafters import PromptLookupDrafter
 from spd_lightning.decoding.generation import Generation, Pooled
 from spd_lightning.head.loading import load_head, new_head
 from spd_lightning.target.loading import Loading, load_target
-from spd_lightning.target.target import Target
+from spd_lightning.target.target import Target, is_placed
 
 DRAFTERS = ("trained head", "untrained head", "prompt lookup", "plain")
 
@@ -66,6 +66,7 @@ def evaluate(
     max_new_tokens: int,
     seed: int = 0,
     on_progress: Callable[[Arm, int], None] | None = None,
+    target: Target | None = None,
 ) -> dict[Arm, Result]:
     """Decode all prompts with every arm.
 
@@ -76,8 +77,11 @@ def evaluate(
         max_new_tokens: new tokens per prompt.
         seed: of sampled arms; prompt i uses seed + i.
         on_progress: called with (arm, prompts done by this task) as tasks finish.
+        target: the subject's target where it is loaded already. Used where a second copy must not be loaded: on a
+            GPU, and for a target that is spread, offloaded or quantised. On a CPU processes load their own.
     """
-    workers = (os.cpu_count() or 1) if subject.device == "cpu" else 0
+    alone = subject.device != "cpu" or (target is not None and is_placed(target.model))
+    workers = 0 if alone else os.cpu_count() or 1
     # slices of a few prompts keep all cores busy to the end, whatever the arms cost
     size = max(1, len(prompts) // 5)
     tasks = [
@@ -97,8 +101,9 @@ def evaluate(
             for task, outcome in zip(tasks, pool.map(_decode, tasks), strict=True):
                 keep(task, outcome)
     else:
+        models = _models(subject) if target is None else _Models(subject, target)
         for task in tasks:
-            keep(task, _decode(task))
+            keep(task, _decode(task, models))
     results = {}
     for arm, parts in pieces.items():
         generations = [g for _, part, _ in sorted(parts, key=lambda piece: piece[0]) for g in part]
@@ -148,10 +153,12 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def _decode(task: tuple[Subject, Arm, int, list[list[int]], int, int]) -> tuple[list[Generation], float]:
+def _decode(
+    task: tuple[Subject, Arm, int, list[list[int]], int, int], models: _Models | None = None
+) -> tuple[list[Generation], float]:
     subject, arm, start, prompts, max_new_tokens, seed = task
     began = time.perf_counter()
-    generate = _generator(subject, arm.drafter)
+    generate = (models or _models(subject)).generator(arm.drafter)
     found = [
         generate(prompt, max_new_tokens, temperature=arm.temperature, seed=seed + start + i)
         for i, prompt in enumerate(prompts)
@@ -159,28 +166,39 @@ def _decode(task: tuple[Subject, Arm, int, list[list[int]], int, int]) -> tuple[
     return found, time.perf_counter() - began
 
 
-@lru_cache(maxsize=len(DRAFTERS))
-def _generator(subject: Subject, drafter: str) -> Callable[..., Generation]:
-    target, head = _loaded(subject)
-    if drafter == "plain":
-        return lambda *args, **options: autoregressive_generate(target, *args, **options)
-    if drafter == "prompt lookup":
-        return SpdDecoder(target, PromptLookupDrafter(head.staircase, target.vocab_size)).generate
-    if drafter == "untrained head":
-        config = head.config
-        head = new_head(
-            target,
-            config.num_layers,
-            config.anchors,
-            config.draft_token_ids,
-            subject.init_seed,
-            config.kind,
-            config.intermediate_size,
-        )
-    return SpdDecoder(target, head.eval()).generate
+class _Models:
+    """Target, head and what decodes with them, made once."""
+
+    def __init__(self, subject: Subject, target: Target) -> None:
+        self.target, self.head = target, load_head(Path(subject.head), target)
+        self.init_seed = subject.init_seed
+        self._generators: dict[str, Callable[..., Generation]] = {}
+
+    def generator(self, drafter: str) -> Callable[..., Generation]:
+        if drafter not in self._generators:
+            self._generators[drafter] = self._make(drafter)
+        return self._generators[drafter]
+
+    def _make(self, drafter: str) -> Callable[..., Generation]:
+        if drafter == "plain":
+            return lambda *args, **options: autoregressive_generate(self.target, *args, **options)
+        if drafter == "prompt lookup":
+            return SpdDecoder(self.target, PromptLookupDrafter(self.head.staircase, self.target.vocab_size)).generate
+        head, config = self.head, self.head.config
+        if drafter == "untrained head":
+            head = new_head(
+                self.target,
+                config.num_layers,
+                config.anchors,
+                config.draft_token_ids,
+                self.init_seed,
+                config.kind,
+                config.intermediate_size,
+            )
+        return SpdDecoder(self.target, head.eval()).generate
 
 
 @lru_cache(maxsize=1)
-def _loaded(subject: Subject) -> tuple[Target, Any]:
-    target = load_target(subject.target, device=subject.device, loading=subject.loading)
-    return target, load_head(Path(subject.head), target)
+def _models(subject: Subject) -> _Models:
+    """The models of a process of its own."""
+    return _Models(subject, load_target(subject.target, device=subject.device, loading=subject.loading))

@@ -225,6 +225,7 @@ def _final(record: RunRecord, module: SpdModule, data: SpdDataModule, final: Fin
             final.max_new_tokens,
             seed=hp.seed,
             on_progress=lambda arm, done: progress.update(task, advance=done, description=f"decoding: {arm.drafter}"),
+            target=target,
         )
     record.results["final"] = [_figures(result) for result in found.values()]
     record.results["prompts"], record.results["max_new_tokens"] = final.prompts, final.max_new_tokens
