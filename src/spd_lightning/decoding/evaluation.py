@@ -27,12 +27,10 @@ from spd_lightning.head.loading import load_head, new_head
 from spd_lightning.target.loading import Loading, load_target
 from spd_lightning.target.target import Target, is_placed
 
-DRAFTERS = ("trained head", "untrained head", "prompt lookup", "plain")
-
 
 @dataclass(frozen=True)
 class Arm:
-    """One drafter at one temperature; `plain` is autoregressive decoding, the reference for losslessness."""
+    """`trained head`, `untrained head`, `prompt lookup` or `plain` (autoregressive, the reference) at one temperature."""
 
     drafter: str
     temperature: float = 0.0
