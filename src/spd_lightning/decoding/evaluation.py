@@ -30,7 +30,7 @@ from spd_lightning.target.target import Target, is_placed
 
 @dataclass(frozen=True)
 class Arm:
-    """`trained head`, `untrained head`, `prompt lookup` or `plain` (autoregressive, the reference) at one temperature."""
+    """What decodes (`trained head`, `untrained head`, `prompt lookup`, `plain` = autoregressive) at one temperature."""
 
     drafter: str
     temperature: float = 0.0

@@ -92,8 +92,12 @@ def has_rope_per_kind(config: Any) -> bool:
 
 
 def full_attention_rope(config: Any) -> dict[str, Any]:
-    """The RoPE that a layer with full attention has: the one a head uses, whose layers all have full attention."""
-    return dict(_rope_by_kind(config)["full_attention"])
+    """The RoPE that a layer with full attention has: the one a head uses, whose layers all have full attention.
+
+    Without what places pictures (`mrope_*`): the three positions of a text token are one.
+    """
+    rope = _rope_by_kind(config).get("full_attention") or _rope_by_kind(config)["sliding_attention"]
+    return {name: value for name, value in rope.items() if not name.startswith("mrope")}
 
 
 def dense_intermediate_size(config: Any) -> int:
