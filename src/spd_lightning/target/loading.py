@@ -138,7 +138,7 @@ def load_target(
             dtype=kind,
             output_loading_info=True,
             **loading.source,
-            **_placement(loading, place, kind),
+            **_placement(loading, config, place, kind),
         )
     except Exception as error:  # safetensors, torch, OS and hub errors have no common base
         raise InputError(
@@ -162,7 +162,9 @@ def load_target(
     return target
 
 
-def _placement(loading: Loading, place: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+def _placement(
+    loading: Loading, config: PretrainedConfig, place: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
     """Arguments of `from_pretrained` that say where weights go and how they are stored."""
     arguments: dict[str, Any] = {}
     if loading.attention != "auto":
@@ -177,6 +179,7 @@ def _placement(loading: Loading, place: torch.device, dtype: torch.dtype) -> dic
             if loading.quantization == "8bit"
             else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
         )
+    if loading.quantization != "none" or getattr(config, "quantization_config", None) is not None:
         arguments.setdefault("device_map", {"": place})  # quantised weights cannot be moved afterwards
     return arguments
 

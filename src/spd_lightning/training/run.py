@@ -92,6 +92,7 @@ def fit(cli: Any) -> Path:
         record.results["tokens"] = module.tokens_seen
         record.results["teacher_forced_by_fill"] = module.teacher_forced_by_fill
         if final.prompts and trainer.is_global_zero:
+            module.to(trainer.strategy.root_device)  # Lightning moves it to the CPU when training ends
             with record.phase("final decoding"):
                 _final(record, module, data, final, skip=seen)
             with record.phase("plots"):
