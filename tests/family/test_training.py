@@ -1,0 +1,110 @@
+"""Every family trains: the loss of the training module falls, every trained parameter moves, the target stays.
+
+The module's own `loss` on hand-made batches of conversations with two turns, so nothing but Lightning's loop is left
+out, which tests/training covers.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from parity.test_lossless import VOCABULARY
+from torch import Tensor
+
+from spd_lightning.head.loading import new_head
+from spd_lightning.head.module import SpeculationHead
+from spd_lightning.target.target import Target
+from spd_lightning.training.chat import Sample
+from spd_lightning.training.data import Batch, collate
+from spd_lightning.training.module import SpdModule
+
+from .common import build, every_family
+
+STEPS = 12
+
+
+def two_turns(count: int, seed: int) -> Batch:
+    """Random texts of different lengths with a supervised part of each of two turns; the second fills any pipeline."""
+    draw, samples = random.Random(seed), []
+    for number in range(count):
+        length, starts = draw.randint(24, 32), (draw.randint(1, 4), draw.randint(8, 10))
+        labelled = tuple(starts[0] <= at < starts[0] + 4 or at >= starts[1] for at in range(length))
+        samples.append(Sample(number, tuple(draw.randrange(VOCABULARY) for _ in range(length)), labelled, starts))
+    return collate(samples)
+
+
+def unmoved(head: SpeculationHead, before: dict[str, Tensor]) -> list[str]:
+    return [name for name, parameter in head.named_parameters() if torch.equal(parameter, before[name])]
+
+
+def module_for(target: Target, **options: Any) -> SpdModule:
+    """The training module with a target that is in memory already."""
+    assert target.stage_layers is not None
+    module = SpdModule(target="in memory", stage_layers=list(target.stage_layers), restart_rate=0.1)
+    module.target, module.head = target, new_head(target, **options)
+    return module
+
+
+def train(module: SpdModule, batch: Batch, steps: int, rate: float = 3e-3) -> list[float]:
+    _, head = module.parts()
+    optimizer = torch.optim.AdamW([p for p in head.parameters() if p.requires_grad], lr=rate, weight_decay=0.0)
+    losses = []
+    for _ in range(steps):
+        loss, table = module.loss(batch, epoch=0, statistics=True)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        assert int(table[:, 0].sum()) > 0
+    return losses
+
+
+@every_family
+@pytest.mark.parametrize("kind", ["qwen3", "target"])
+def test_training_lowers_the_loss_moves_every_weight_of_the_head_and_none_of_the_target(
+    make_target: Callable[..., Target], family: str, kind: str
+) -> None:
+    target = build(make_target, family, (1, 2, 1, 1), seed=2)
+    module = module_for(target, num_layers=2, kind=kind, draft_token_ids=range(0, VOCABULARY, 2))
+    _, head = module.parts()
+    frozen = {name: tensor.clone() for name, tensor in target.model.state_dict().items()}
+    before = {name: parameter.detach().clone() for name, parameter in head.named_parameters()}
+    losses = train(module, two_turns(3, seed=1), STEPS)
+    print(f"{family}, {kind}: loss {losses[0]:.3f} -> {losses[-1]:.3f}")
+    assert losses[-1] < 0.9 * losses[0] and all(loss == loss for loss in losses)
+    assert unmoved(head, before) == ["norm.weight"], "everything but the target's norm is trained"
+    for name, tensor in target.model.state_dict().items():
+        assert torch.equal(tensor, frozen[name]), name
+    assert all(not parameter.requires_grad and parameter.grad is None for parameter in target.parameters())
+
+
+@every_family
+def test_a_longer_neighbour_in_the_batch_changes_no_loss(make_target: Callable[..., Target], family: str) -> None:
+    """Padding on the right, as batches have it: the sum over both alone is the sum over the batch."""
+    module = module_for(build(make_target, family, (1, 2, 1, 1), seed=3), num_layers=1)
+    batch = two_turns(2, seed=4)
+    lengths = batch["lengths"].tolist()
+    assert lengths[0] != lengths[1]
+    _, together = module.loss(batch, epoch=0, statistics=True)
+    alone = torch.zeros_like(together)
+    for row, length in enumerate(lengths):
+        single = {name: value[row : row + 1] for name, value in batch.items()}
+        cut = {name: value[:, :length] if value.ndim == 2 else value for name, value in single.items()}
+        alone += module.loss(cut, epoch=0, statistics=True)[1]
+    assert torch.allclose(together, alone, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 8])
+@pytest.mark.parametrize("layers", [5, 7, 31, 36])
+def test_any_depth_trains_on_any_number_of_stages(make_target: Callable[..., Target], layers: int, n: int) -> None:
+    target = build(make_target, "llama", n, layers, seed=1, spread=0.25 if layers < 10 else 0.1)
+    module = module_for(target, num_layers=1)
+    _, head = module.parts()
+    before = {name: parameter.detach().clone() for name, parameter in head.named_parameters()}
+    losses = train(module, two_turns(2, seed=n), 2)
+    assert losses[1] < losses[0]
+    assert unmoved(head, before) == ["norm.weight"]
