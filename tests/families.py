@@ -32,7 +32,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {},
     "qwen3": {"tie_word_embeddings": True},
     "qwen3_moe": EXPERTS,
-    "qwen3_5_text": DELTA,
+    "qwen3_5_text": DELTA | {"num_attention_heads": 3, "num_key_value_heads": 1},  # 27B: heads divide no hidden size
     "qwen3_5_moe_text": DELTA | EXPERTS | {"shared_expert_intermediate_size": 24},
     "qwen3_next": DELTA | EXPERTS | {"shared_expert_intermediate_size": 24},
     "mistral": WINDOW,

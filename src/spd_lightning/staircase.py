@@ -34,9 +34,9 @@ def even_stage_layers(num_layers: int, num_stages: int) -> tuple[int, ...]:
     Raises:
         InputError: unless 2 <= num_stages <= 2 * num_layers.
     """
-    if not 2 <= num_stages <= 2 * num_layers:
+    if type(num_stages) is not int or not 2 <= num_stages <= 2 * num_layers:
         raise InputError(
-            f"num_stages={num_stages} does not fit a target of {num_layers} layers: expected 2 <= num_stages <= "
+            f"num_stages={num_stages!r} does not fit a target of {num_layers} layers: expected 2 <= num_stages <= "
             f"{2 * num_layers}. Set num_stages (or stage_layers)."
         )
     boundaries = [-(-stage * num_layers // num_stages) for stage in range(num_stages + 1)]
@@ -51,14 +51,21 @@ def resolve_stage_layers(
         if num_stages is None:
             raise InputError("Set num_stages (an even split) or stage_layers (layers per stage).")
         return even_stage_layers(num_layers, num_stages)
-    layers = tuple(stage_layers)
-    if any(int(count) != count for count in layers):
-        raise InputError(f"stage_layers={list(layers)}: expected whole numbers of layers.")
-    layers = tuple(int(count) for count in layers)
-    if len(layers) < 2 or min(layers) < 0 or sum(layers) != num_layers:
+    if isinstance(stage_layers, str) or not isinstance(stage_layers, Sequence):
+        raise InputError(f"stage_layers={stage_layers!r}: expected a list of layers per stage, such as [8, 8, 8, 8].")
+    if any(isinstance(count, str) or int(count) != count for count in stage_layers):
+        raise InputError(f"stage_layers={list(stage_layers)}: expected whole numbers of layers.")
+    layers = tuple(int(count) for count in stage_layers)
+    wrong = None
+    if len(layers) < 2:
+        wrong = "expected at least two stages"
+    elif min(layers) < 0:
+        wrong = "expected no negative number"
+    elif sum(layers) != num_layers:
+        wrong = f"expected a sum of {num_layers}, but the sum is {sum(layers)}"
+    if wrong:
         raise InputError(
-            f"stage_layers={list(layers)} does not fit a target of {num_layers} layers: expected at least two stages, "
-            f"none of them negative, whose sum is {num_layers}, but the sum is {sum(layers)}. Set stage_layers."
+            f"stage_layers={list(layers)} does not fit a target of {num_layers} layers: {wrong}. Set stage_layers."
         )
     if num_stages is not None and num_stages != len(layers):
         raise InputError(

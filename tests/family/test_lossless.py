@@ -24,6 +24,7 @@ from spd_lightning.target.cache import FullAttentionLayer, RecurrentLayer, Rollb
 from spd_lightning.target.target import Target
 
 from .common import (
+    FAMILIES,
     HYBRID,
     SLIDING,
     VARIED,
@@ -221,17 +222,16 @@ def test_a_long_generation_moves_its_windows_again_and_again(
 
     monkeypatch.setattr(SlidingAttentionLayer, "_make_room", counted)
     cases = 0
-    for n in (2, 4):
+    for n, prompt_length, acceptance in ((2, 1, 0.8), (4, WINDOW + 3, 0.5)):
         target = build(make_target, family, SPLITS[n], seed=30 + n, **VARIED.get(family, {}))
-        for prompt_length, acceptance in ((1, 0.8), (WINDOW + 3, 0.5)):
-            prompt = random_prompt(prompt_length, random.Random(n))
-            expected = library_greedy(target, prompt, 64)
-            moves.clear()
-            assert autoregressive_generate(target, prompt, 64).token_ids == expected
-            check_decoding(target, OracleDrafter(staircase_of(target), prompt + expected, acceptance), prompt, expected)
-            layers = target.layer_kinds.count("sliding_attention")
-            assert len(moves) == 2 * layers and min(moves.values()) >= 3, "every window of both runs moved"
-            cases += 1
+        prompt = random_prompt(prompt_length, random.Random(n))
+        expected = library_greedy(target, prompt, 64)
+        moves.clear()
+        assert autoregressive_generate(target, prompt, 64).token_ids == expected
+        check_decoding(target, OracleDrafter(staircase_of(target), prompt + expected, acceptance), prompt, expected)
+        layers = target.layer_kinds.count("sliding_attention")
+        assert len(moves) == 2 * layers and min(moves.values()) >= 3, "every window of both runs moved"
+        cases += 1
     record_property("cases", cases)
 
 
@@ -268,8 +268,6 @@ def test_a_split_with_empty_stages_decodes_losslessly(
 
 
 def test_hybrid_and_sliding_families_are_named_by_their_layers(make_target: Callable[..., Target]) -> None:
-    from .common import FAMILIES
-
     kinds = {family: set(build(make_target, family, (2, 4)).layer_kinds) for family in FAMILIES}
     assert tuple(family for family in FAMILIES if "linear_attention" in kinds[family]) == HYBRID
     assert tuple(family for family in FAMILIES if "sliding_attention" in kinds[family]) == SLIDING

@@ -15,11 +15,13 @@ import torch
 from parity.test_lossless import VOCABULARY
 from torch import Tensor
 
+from spd_lightning.head.layout import StaircaseLayout
 from spd_lightning.head.loading import new_head
 from spd_lightning.head.module import SpeculationHead
 from spd_lightning.target.target import Target
 from spd_lightning.training.chat import Sample
-from spd_lightning.training.data import Batch, collate
+from spd_lightning.training.data import Batch, collate, supervised_positions
+from spd_lightning.training.losses import draft_kl
 from spd_lightning.training.module import SpdModule
 
 from .common import build, every_family
@@ -80,6 +82,27 @@ def test_training_lowers_the_loss_moves_every_weight_of_the_head_and_none_of_the
     for name, tensor in target.model.state_dict().items():
         assert torch.equal(tensor, frozen[name]), name
     assert all(not parameter.requires_grad and parameter.grad is None for parameter in target.parameters())
+
+
+@every_family
+def test_the_loss_is_that_of_the_logits_which_decoding_compares(
+    make_target: Callable[..., Target], family: str
+) -> None:
+    """Soft-caps and norms included: the divergence of `head.logits` from the target's own logits."""
+    target = build(make_target, family, (1, 2, 1, 1), seed=4)
+    module = module_for(target, num_layers=1, draft_token_ids=range(0, VOCABULARY, 2))
+    _, head = module.parts()
+    with torch.no_grad():
+        head.lm_head.weight.mul_(1.5)
+    batch = two_turns(2, seed=5)
+    loss, _ = module.loss(batch, epoch=0, statistics=False)
+    with torch.no_grad():
+        states, _ = target(batch["input_ids"], head.config.anchors)
+        drafts = head.logits(head(states, StaircaseLayout(head.staircase, module.entry_cycles(batch, 0)), dense=True))
+        teacher = target.model(batch["input_ids"], use_cache=False).logits
+        select = supervised_positions(batch)
+        expected = draft_kl(drafts[select], teacher[select], head.draft_token_ids).mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
 
 
 @every_family

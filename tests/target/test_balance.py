@@ -80,6 +80,6 @@ def test_a_target_can_be_loaded_with_a_measured_split(make_target: Callable[...,
     make_target("llama", num_layers=5).model.save_pretrained(str(tmp_path))
     target = load_target(str(tmp_path), num_stages=3, stage_layers="auto")
     assert target.stage_layers is not None and len(target.stage_layers) == 3 and sum(target.stage_layers) == 5
-    with pytest.raises(InputError, match="Set num_stages"):
+    with pytest.raises(InputError, match="set num_stages"):
         load_target(str(tmp_path), stage_layers="auto")
     assert sum(measured_split(target, 2).stage_layers) == 5

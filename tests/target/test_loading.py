@@ -111,7 +111,12 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ({"quantization": "3bit"}, ["loading.quantization='3bit'", "4bit"]),
     ({"offload_folder": "x"}, ["offload_folder='x'", "device_map"]),
     ({"attention": "no_such_kernel"}, ["loading.attention='no_such_kernel'", "sdpa"]),
-    ({"dtype": "int8"}, ["dtype='int8'", "bfloat16"]),
+    ({"dtype": "int8"}, ["loading.dtype='int8'", "bfloat16"]),
+    ({"dtype": "float8_e4m3fn"}, ["loading.dtype='float8_e4m3fn'", "bfloat16"]),
+    ({"attention": "paged|eager"}, ["loading.attention='paged|eager'", "roll back"]),
+    ({"device_map": "nonsense"}, ["loading.device_map='nonsense'", "sequential"]),
+    ({"device_map": {"model.layers.0": "nowhere"}}, ["loading.device_map", "'model.layers.0'", "'nowhere'"]),
+    ({"device_map": {"": 99}}, ["loading.device_map", "99", "GPUs here"]),
 ]
 
 
@@ -123,6 +128,23 @@ def test_what_cannot_work_is_refused_before_weights_are_read(
     with pytest.raises(InputError) as error:
         load_target(folder, num_stages=3, loading=Loading(**options))
     assert all(word in str(error.value) for word in says) and "\n" not in str(error.value)
+
+
+def test_a_checkpoint_that_needs_a_missing_package_is_not_called_damaged(
+    make_target: Callable[..., Target], tmp_path: Path
+) -> None:
+    make_target("llama", num_layers=2).model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="cannot be loaded in this way.*quantization_config") as error:
+        load_target(tmp_path, num_stages=2)
+    assert "download" not in str(error.value)
+
+
+def test_a_revision_of_a_folder_is_announced_as_unused(folder: Path) -> None:
+    with pytest.warns(UserWarning, match="loading.revision='v1' is not used"):
+        check_target(folder, loading=Loading(revision="v1"))
 
 
 @pytest.mark.parametrize("missing", ["bitsandbytes", "GPU"])

@@ -76,7 +76,7 @@ def test_a_really_measured_split_trains(fit: Callable[..., None], tmp_path: Path
 
 def test_auto_without_a_number_of_stages_is_refused(fit: Callable[..., None], tmp_path: Path) -> None:
     module = SpdModule(stage_layers="auto")
-    with pytest.raises(InputError, match="Set num_stages"):
+    with pytest.raises(InputError, match="model.stage_layers=auto: set model.num_stages"):
         module.check()
 
 

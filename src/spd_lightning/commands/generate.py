@@ -11,7 +11,7 @@ import os
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +52,10 @@ def parser() -> CommandParser:
     models.add_argument("--dtype", default="auto", help="auto (bfloat16 on a GPU, else float32) or a torch name")
     models.add_argument("--revision", help="hub revision of the target: branch, tag or commit")
     models.add_argument("--attention", default="auto", help="the target's kernel: auto, eager, sdpa, ...")
-    models.add_argument("--device-map", metavar="auto", help="auto spreads a large target over devices and memory")
+    models.add_argument(
+        "--device-map", metavar="MAP", type=_device_map, help="auto: spread a large target; or JSON {module: device}"
+    )
+    models.add_argument("--offload-folder", metavar="DIR", help="where weights lie that --device-map puts on disk")
     models.add_argument("--quantization", default="none", help="8bit or 4bit (bitsandbytes, GPU); default: none")
     models.add_argument("--offline", action="store_true", help="use only what is on this machine already")
     models.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the target")
@@ -139,9 +142,8 @@ class Session:
 
         disable_progress_bar()
         device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        names = ("revision", "dtype", "attention", "device_map", "quantization", "offline", "trust_remote_code")
-        loading = Loading(**{name: getattr(options, name) for name in names})
-        check_target(options.target, loading=loading)
+        loading = Loading(**{field.name: getattr(options, field.name) for field in fields(Loading)})
+        check_target(options.target, loading=loading, named=lambda name: "--" + name.replace("_", "-"))
         self.tokenizer = load_tokenizer(options.target, loading)
         self.target = load_target(
             options.target, num_stages=options.num_stages, device=_device(device), loading=loading
@@ -191,6 +193,11 @@ class Session:
 
     def decode(self, ids: Any) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def _device_map(text: str) -> Any:
+    """`auto`, a device, or a JSON mapping of modules to devices."""
+    return json.loads(text) if text.startswith("{") else text
 
 
 def _device(name: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
@@ -33,6 +34,16 @@ class LayerStyle:
     mlp_bias: bool = False
     query_scale: float | None = None
     """Factor of attention scores; None = head_dim ** -0.5."""
+
+    def __post_init__(self) -> None:
+        for name, expected in (("norms", ("before", "after", "both")), ("qk_norm", ("head", "row", "none"))):
+            if getattr(self, name) not in expected:
+                raise InputError(f"style.{name}={getattr(self, name)!r}: expected {', '.join(expected)}.")
+        for name in ("gate", "qkv_bias", "output_bias", "mlp_bias"):
+            if type(getattr(self, name)) is not bool:
+                raise InputError(f"style.{name}={getattr(self, name)!r}: expected true or false.")
+        if self.query_scale is not None and not (_is_number(self.query_scale) and self.query_scale > 0):
+            raise InputError(f"style.query_scale={self.query_scale!r}: expected a positive number or null.")
 
 
 @dataclass(frozen=True)
@@ -79,6 +90,10 @@ class HeadConfig:
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise InputError(f"{name}={value!r}: expected an integer of at least 1.")
+        if self.kind not in ("qwen3", "target"):
+            raise InputError(f"kind={self.kind!r}: expected qwen3 or target.")
+        if self.logit_softcap is not None and not (_is_number(self.logit_softcap) and self.logit_softcap > 0):
+            raise InputError(f"logit_softcap={self.logit_softcap!r}: expected a positive number or null.")
         ids = self.draft_token_ids
         if ids is not None:
             ascending = all(a < b for a, b in zip(ids, ids[1:], strict=False))
@@ -119,6 +134,10 @@ class HeadConfig:
             return cls(**data)
         except (TypeError, ValueError) as error:
             raise InputError(f"{path}: {error}") from error
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 FORMAT = "spd-head/1"

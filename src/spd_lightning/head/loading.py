@@ -46,26 +46,33 @@ def head_config(
         target.partition(num_stages=min(8, target.num_layers))
     assert target.stage_layers is not None
     text = target.config
-    kind = resolve_head_kind(kind, text)
     return HeadConfig(
         stage_layers=target.stage_layers,
         anchors=tuple(anchors) if anchors is not None else default_anchors(target.stage_layers),
         num_layers=num_layers,
         hidden_size=text.hidden_size,
-        intermediate_size=intermediate_size or dense_intermediate_size(text),
+        intermediate_size=dense_intermediate_size(text) if intermediate_size is None else intermediate_size,
         num_attention_heads=text.num_attention_heads,
         num_key_value_heads=text.num_key_value_heads,
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
         vocab_size=target.vocab_size,
         draft_token_ids=None if draft_token_ids is None else tuple(sorted(set(draft_token_ids))),
-        rms_norm_eps=text.rms_norm_eps,
-        hidden_act=activation(text),
-        rope_parameters=full_attention_rope(text),
-        max_position_embeddings=text.max_position_embeddings,
-        kind=kind,
-        style=target_style(target) if kind == "target" else LayerStyle(),
-        logit_softcap=logit_softcap(text),
+        **fields_from_target(target, resolve_head_kind(kind, text)),
     )
+
+
+def fields_from_target(target: Target, kind: str) -> dict[str, Any]:
+    """Fields of a `HeadConfig` that no head chooses: everything but its sizes comes from the target and the kind."""
+    text = target.config
+    return {
+        "rms_norm_eps": text.rms_norm_eps,
+        "hidden_act": activation(text),
+        "rope_parameters": full_attention_rope(text),
+        "max_position_embeddings": text.max_position_embeddings,
+        "kind": kind,
+        "style": target_style(target) if kind == "target" else LayerStyle(),
+        "logit_softcap": logit_softcap(text),
+    }
 
 
 def resolve_head_kind(kind: str, config: Any) -> str:
@@ -333,10 +340,13 @@ def _filled(config: HeadConfig, weights: dict[str, Tensor], where: Path) -> Spec
 
     Built on the meta device first, so that a hostile config cannot allocate before it is checked against the file.
     """
+    from huggingface_hub.errors import StrictDataclassError
+
     try:
         with torch.device("meta"):
             expected = {name: tensor.shape for name, tensor in SpeculationHead(config).state_dict().items()}
-    except (KeyError, RuntimeError, TypeError, ValueError) as error:  # an activation or RoPE that nobody knows
+    except (KeyError, RuntimeError, TypeError, ValueError, StrictDataclassError) as error:
+        # an activation or RoPE that nobody knows
         raise InputError(f"The config of {where} describes no head: {type(error).__name__}: {error}") from error
     found = {name: tensor.shape for name, tensor in weights.items()}
     wrong = [

@@ -23,6 +23,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from spd_lightning.head.attention import staircase_attention
 from spd_lightning.head.config import HeadConfig
 from spd_lightning.head.layout import Rows, StaircaseLayout
+from spd_lightning.target.target import softcap
 
 Rotary = tuple[Tensor, Tensor]
 
@@ -177,7 +178,7 @@ class SpeculationHead(nn.Module):
         """Draft logits [..., V_d] of the last layer's output [..., H]."""
         logits = self.lm_head(self.norm(hidden))
         cap = self.config.logit_softcap
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+        return logits if cap is None else softcap(logits, cap)
 
     def aggregate(self, states: Sequence[Tensor], rows: Rows) -> Tensor:
         """Anchor states, one [B, S, H] per anchor, to some rows [R, H]."""
@@ -358,12 +359,12 @@ class HeadRotary(LlamaRotaryEmbedding):
 
 
 def _rotary_embedding(config: HeadConfig) -> HeadRotary:
-    """The rotary embedding of the head's own config: that of a model whose heads are as wide as the part that turns."""
+    """The rotary embedding of the head's own config: that of a model with one head, as wide as the part that turns."""
     rope = {name: value for name, value in config.rope_parameters.items() if name != "partial_rotary_factor"}
     return HeadRotary(
         LlamaConfig(
-            hidden_size=config.hidden_size,
-            num_attention_heads=config.num_attention_heads,
+            hidden_size=config.rotary_dim,
+            num_attention_heads=1,
             head_dim=config.rotary_dim,
             max_position_embeddings=config.max_position_embeddings,
             rope_parameters=rope,

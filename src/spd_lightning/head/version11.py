@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from spd_lightning.errors import InputError
-from spd_lightning.head.config import HeadConfig, LayerStyle
-from spd_lightning.head.loading import target_style
+from spd_lightning.head.config import HeadConfig
+from spd_lightning.head.loading import fields_from_target
 from spd_lightning.head.module import SpeculationHead
 from spd_lightning.staircase import resolve_stage_layers
-from spd_lightning.target.families import activation, full_attention_rope, logit_softcap
 
 if TYPE_CHECKING:
     from spd_lightning.target.target import Target
@@ -59,7 +58,6 @@ def read_version_11(path: Path, target: Target | None) -> SpeculationHead:
 
 
 def _config(published: dict[str, Any], weights: dict[str, torch.Tensor], target: Target) -> HeadConfig:
-    text = target.config
     head_dim = weights["spec_layers.0.self_attn.q_norm.weight"].shape[0]
     queries, attended = (weights[f"spec_layers.0.self_attn.{name}.weight"] for name in ("q_proj", "o_proj"))
     kind = "target" if queries.shape[0] == 2 * attended.shape[1] else "qwen3"  # Qwen3.5's own layers have a gate
@@ -75,13 +73,7 @@ def _config(published: dict[str, Any], weights: dict[str, torch.Tensor], target:
         head_dim=head_dim,
         vocab_size=published["vocab_size"],
         draft_token_ids=None if ids is None else tuple(sorted(int(i) for i in ids)),
-        rms_norm_eps=text.rms_norm_eps,
-        hidden_act=activation(text),
-        rope_parameters=full_attention_rope(text),
-        max_position_embeddings=text.max_position_embeddings,
-        kind=kind,
-        style=target_style(target) if kind == "target" else LayerStyle(),
-        logit_softcap=logit_softcap(text),
+        **fields_from_target(target, kind),
     )
 
 

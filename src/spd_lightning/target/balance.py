@@ -86,6 +86,11 @@ def measured_split(target: Target, num_stages: int) -> Split:
 def measure(target: Target, context: int = CONTEXT, repeats: int = REPEATS) -> Costs:
     """Time one token through the embedding, every layer and the verification, behind `context` cached tokens."""
     context = min(context, target.context_length - WARM_UP - repeats - 1)
+    if context < 1:
+        raise InputError(
+            f"stage_layers=auto measures {WARM_UP + repeats} tokens behind a prompt, and the target's context is "
+            f"{target.context_length} tokens: set stage_layers by hand, or num_stages alone."
+        )
     prompt = torch.arange(context, device=target.device)[None] % target.vocab_size
     tokens = range(context, context + WARM_UP + repeats)
     cache, rotary = target.new_cache(tokens.stop), target.rotary_table(tokens.stop)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,13 +19,14 @@ from spd_lightning.target.families import unsupported_reason
 from spd_lightning.target.target import Target, is_placed
 
 
-def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device, field: str = "dtype") -> torch.dtype:
     """`auto`/None: bfloat16 on a GPU, float32 on a CPU; names as in torch otherwise."""
     if dtype is None or dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:
-        raise InputError(f"dtype={dtype!r} is not a floating-point type: expected auto, float32, bfloat16 or float16.")
+    if resolved not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise InputError(f"{field}={dtype!r}: expected auto, float32, bfloat16, float16 or float64.")
+    assert isinstance(resolved, torch.dtype)
     return resolved
 
 
@@ -67,33 +69,59 @@ class Loading:
             "trust_remote_code": self.trust_remote_code,
         }
 
-    def check(self) -> None:
+    def check(self, named: Naming = "loading.{}".format) -> None:
         """Refuse what cannot work on this machine.
+
+        Args:
+            named: how the user wrote a field, for messages.
 
         Raises:
             InputError: naming the field.
         """
+        resolve_dtype(self.dtype, torch.device("cpu"), named("dtype"))
+        quantization, device_map = named("quantization"), named("device_map")
         if self.quantization not in ("none", "8bit", "4bit"):
-            raise InputError(f"loading.quantization={self.quantization!r}: expected none, 8bit or 4bit.")
+            raise InputError(f"{quantization}={self.quantization!r}: expected none, 8bit or 4bit.")
         if self.quantization != "none":
             if find_spec("bitsandbytes") is None:
                 raise InputError(
-                    f"loading.quantization={self.quantization} needs the package bitsandbytes, which is not "
-                    "installed: pip install 'spd_lightning[large]', or set it to none."
+                    f"{quantization}={self.quantization} needs the package bitsandbytes, which is not installed: "
+                    "pip install 'spd_lightning[large]', or set it to none."
                 )
             if not torch.cuda.is_available():
                 raise InputError(
-                    f"loading.quantization={self.quantization} needs a GPU, and torch finds none here: set it to none."
+                    f"{quantization}={self.quantization} needs a GPU, and torch finds none here: set it to none."
                 )
         if (self.device_map is not None or self.quantization != "none") and find_spec("accelerate") is None:
             raise InputError(
-                "loading.device_map and loading.quantization need the package accelerate, which is not installed: "
-                "pip install 'spd_lightning[large]'."
+                f"{device_map} and {quantization} need the package accelerate, which is not installed: pip install "
+                "'spd_lightning[train]'."
             )
+        if isinstance(self.device_map, str) and self.device_map not in _STRATEGIES:
+            _check_place(self.device_map, f"{device_map}={self.device_map!r}")
+        elif isinstance(self.device_map, dict):
+            for module, place in self.device_map.items():
+                if place != "disk":
+                    _check_place(place, f"{device_map} puts {module!r} on {place!r}")
         if self.offload_folder is not None and self.device_map is None:
             raise InputError(
-                f"loading.offload_folder={self.offload_folder!r} is used by nothing: set loading.device_map too."
+                f"{named('offload_folder')}={self.offload_folder!r} is used by nothing: set {device_map} too."
             )
+
+
+Naming = Callable[[str], str]
+_STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
+
+
+def _check_place(place: int | str, what: str) -> None:
+    try:
+        device = torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
+    except (RuntimeError, TypeError) as error:
+        raise InputError(
+            f"{what}: expected {', '.join(_STRATEGIES)}, or modules and their devices (0, 1, cuda:0, cpu, disk)."
+        ) from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"{what}: torch finds {torch.cuda.device_count()} GPUs here.")
 
 
 def load_target(
@@ -127,6 +155,8 @@ def load_target(
     config = check_target(path_or_id, loading=loading)
     split = None
     if stage_layers == "auto":
+        if num_stages is None:
+            raise InputError("stage_layers='auto': set num_stages too, the number of stages to balance.")
         resolve_stage_layers(config.get_text_config().num_hidden_layers, num_stages)
     elif num_stages is not None or stage_layers is not None:
         split = resolve_stage_layers(config.get_text_config().num_hidden_layers, num_stages, stage_layers)
@@ -140,6 +170,11 @@ def load_target(
             **loading.source,
             **_placement(loading, config, place, kind),
         )
+    except (ImportError, AssertionError, NotImplementedError) as error:  # a package, kernel or device is missing
+        raise InputError(
+            f"target={str(path_or_id)!r} cannot be loaded in this way: {_first_line(error)} See model.loading (dtype, "
+            "device_map, quantization), and quantization_config in its config.json."
+        ) from error
     except Exception as error:  # safetensors, torch, OS and hub errors have no common base
         raise InputError(
             f"target={str(path_or_id)!r}: its weights cannot be read ({_first_line(error)}). Expected complete "
@@ -162,9 +197,7 @@ def load_target(
     return target
 
 
-def _placement(
-    loading: Loading, config: PretrainedConfig, place: torch.device, dtype: torch.dtype
-) -> dict[str, Any]:
+def _placement(loading: Loading, config: PretrainedConfig, place: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """Arguments of `from_pretrained` that say where weights go and how they are stored."""
     arguments: dict[str, Any] = {}
     if loading.attention != "auto":
@@ -185,9 +218,16 @@ def _placement(
 
 
 def check_target(
-    path_or_id: str | Path, revision: str | None = None, loading: Loading | None = None
+    path_or_id: str | Path,
+    revision: str | None = None,
+    loading: Loading | None = None,
+    named: Naming = "loading.{}".format,
 ) -> PretrainedConfig:
     """The target's configuration, refused where it cannot be a target; reads no weight.
+
+    Args:
+        path_or_id, revision, loading: as in `load_target`.
+        named: how the user wrote a field of `loading`, for messages.
 
     Raises:
         InputError: for a missing or damaged folder, an unsupported family, or a way of loading that cannot work here.
@@ -196,9 +236,11 @@ def check_target(
 
     loading = loading or Loading()
     loading = replace(loading, revision=revision or loading.revision)
-    loading.check()
+    loading.check(named)
     source = _source(path_or_id)
     _check_folder(source)
+    if loading.revision is not None and Path(source).is_dir():
+        warnings.warn(f"{named('revision')}={loading.revision!r} is not used: a folder has no revisions.", stacklevel=2)
     try:
         config = AutoConfig.from_pretrained(source, **loading.source)
     except Exception as error:  # a field of a wrong type raises an error class of huggingface_hub's own
@@ -206,20 +248,24 @@ def check_target(
     if reason := unsupported_reason(config):
         raise InputError(f"target={str(path_or_id)!r} cannot be a target: {reason}.")
     if loading.attention != "auto":
-        _check_attention(config, loading.attention)
+        _check_attention(config, loading.attention, named("attention"))
     return config
 
 
-def _check_attention(config: PretrainedConfig, attention: str) -> None:
+def _check_attention(config: PretrainedConfig, attention: str, field: str) -> None:
     """Refuse a kernel that the family or this machine does not have, by building the model without weights."""
     from transformers import AutoModelForCausalLM
 
+    if attention.startswith("paged|"):
+        raise InputError(
+            f"{field}={attention!r}: paged kernels need a cache that cannot roll back. Leave out 'paged|'."
+        )
     try:
         with torch.device("meta"):
             AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     except Exception as error:  # ImportError, ValueError, ...: whatever the kernel's package raises
         raise InputError(
-            f"loading.attention={attention!r} cannot be used here: {_first_line(error)} Expected auto, eager, sdpa, "
+            f"{field}={attention!r} cannot be used here: {_first_line(error)} Expected auto, eager, sdpa, "
             "flash_attention_2 or another kernel that the model supports."
         ) from error
 

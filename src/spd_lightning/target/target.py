@@ -20,12 +20,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.masking_utils import create_masks_for_generate
+from transformers.masking_utils import (
+    create_causal_mask,
+    create_recurrent_attention_mask,
+    create_sliding_window_causal_mask,
+)
 
 from spd_lightning.errors import InputError
 from spd_lightning.staircase import Staircase, resolve_stage_layers
 from spd_lightning.target.cache import RollbackCache, rollback_layer
 from spd_lightning.target.families import has_rope_per_kind, layer_kinds, logit_softcap, unsupported_reason
+
+_MASKS: dict[str, Callable[..., Any]] = {
+    "full_attention": create_causal_mask,
+    "sliding_attention": create_sliding_window_causal_mask,
+    "linear_attention": create_recurrent_attention_mask,
+}
 
 #: cos and sin of some positions, by kind of layer: kinds may turn by different angles (Gemma 3, OLMo 3).
 Rotary = dict[str, tuple[Tensor, Tensor]]
@@ -205,10 +215,22 @@ class Target(nn.Module):
             def same_document(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
                 return documents[batch, query] == documents[batch, key]
 
-        masks = create_masks_for_generate(
-            self.config, hidden, attention_mask=None, past_key_values=None, and_mask_function=same_document
-        )
-        return masks if isinstance(masks, dict) else dict.fromkeys(self.layer_kinds, masks)
+        masks = {
+            kind: _MASKS[kind](
+                config=self.config,
+                inputs_embeds=hidden,
+                attention_mask=None,
+                past_key_values=None,
+                and_mask_function=same_document,
+            )
+            for kind in set(self.layer_kinds)
+        }
+        if documents is not None and None in masks.values():
+            raise InputError(
+                f"documents are packed into one row, which the attention kernel {self.config._attn_implementation!r} "
+                "takes no mask for: set loading.attention to sdpa, or pad instead of packing."
+            )
+        return masks
 
     def _rotary(self, hidden: Tensor, position_ids: Tensor) -> Rotary:
         """cos and sin [B, S, D] of some positions for every kind of layer; `hidden` gives dtype and device."""

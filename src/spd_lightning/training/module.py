@@ -119,13 +119,16 @@ class SpdModule(L.LightningModule):
         With `stage_layers: auto` and nothing measured yet, that of a balanced split stands in for it.
         """
         hp = self.settings
-        config = check_target(hp.target, loading=self.loading).get_text_config()
+        config = check_target(hp.target, loading=self.loading, named="model.loading.{}".format).get_text_config()
         resolve_head_kind(self.head_options.kind, config)
         stages = self.stage_layers
         if stages is None:
             by_hand = None if hp.stage_layers == "auto" else hp.stage_layers
+            if by_hand is None and hp.stage_layers == "auto" and hp.num_stages is None:
+                raise InputError("model.stage_layers=auto: set model.num_stages, the number of stages to balance.")
             stages = resolve_stage_layers(config.num_hidden_layers, hp.num_stages, by_hand)
-        staircase = Staircase(stages, tuple(self.head_options.anchors or default_anchors(stages)))
+        anchors = self.head_options.anchors
+        staircase = Staircase(stages, default_anchors(stages) if anchors is None else tuple(anchors))
         if message := empty_stages(stages):
             L.pytorch.utilities.rank_zero_warn(message)
         if staircase.unreachable_blocks:
