@@ -1,4 +1,4 @@
-"""One line per family: a tiny configuration of it. Everything in tests/families/ runs for every line.
+"""One line per family: a tiny configuration of it. Everything in tests/family/ runs for every line.
 
 Sizes are chosen so that a short test meets what is special about the family: windows of six tokens, which prompts and
 generations cross; two RoPE bases; every kind of layer within the first five layers; both shared and routed experts.
@@ -44,7 +44,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "gpt_oss": WINDOW | {"num_local_experts": 4, "num_experts_per_tok": 2, "rope_parameters": YARN},
     "olmo2": {},
-    "olmo3": WINDOW | {"layer_types": ["sliding_attention", "full_attention"]},
+    "olmo3": WINDOW | {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 500000.0},
+            "full_attention": YARN | {"rope_theta": 500000.0},
+        },
+    },
     "smollm3": {"no_rope_layers": [1, 0]},
 }  # fmt: skip
 

@@ -29,16 +29,6 @@ WINDOW = 6
 #: A tied embedding of full size makes a random Gemma repeat its last token; a faint one lets the layers speak.
 VARIED: dict[str, dict[str, Any]] = dict.fromkeys(("gemma2", "gemma3_text"), {"embedding_scale": 0.03, "spread": 0.5})
 
-#: OLMo 3's sliding and full layers share their base until the full ones are scaled; published ones are, by YaRN.
-SCALED: dict[str, dict[str, Any]] = {
-    "olmo3": {
-        "rope_parameters": {
-            "sliding_attention": {"rope_type": "default", "rope_theta": 500000.0},
-            "full_attention": families.YARN | {"rope_theta": 500000.0},
-        }
-    }
-}
-
 
 def build(
     make_target: Callable[..., Target], family: str, stages: int | Sequence[int], layers: int | None = None, **more: Any
@@ -55,7 +45,7 @@ def build(
         split = {"num_stages": stages}
     else:
         layers, split = sum(stages), {"stage_layers": tuple(stages)}
-    return make_target(family, layers, **(families.fields(family, layers) | SCALED.get(family, {}) | split | more))
+    return make_target(family, layers, **(families.fields(family, layers) | split | more))
 
 
 def staircase_of(target: Target) -> Staircase:
