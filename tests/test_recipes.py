@@ -130,6 +130,25 @@ def test_the_header_states_the_memory_of_target_and_head(name: str) -> None:
     assert stated.groups() == (f"{2 * stored / 1e9:.1f}", f"{16 * rule(name).head.total / 1e9:.1f}")
 
 
+@pytest.mark.parametrize("name", REAL)
+def test_the_list_of_recipes_states_what_the_file_does(name: str) -> None:
+    rows = [
+        line
+        for line in (Path(__file__).resolve().parents[1] / "recipes" / "README.md").read_text().splitlines()
+        if f"({name}.yaml)" in line
+    ]
+    assert len(rows) == 1, f"recipes/README.md needs one row for {name}"
+    config, found = resolved(name), rule(name)
+    cells = [cell.strip() for cell in rows[0].strip("|").split("|")]
+    head_layers = config["model"]["head"]["num_layers"]
+    assert cells[1:3] == [config["model"]["target"], f"{config['model']['num_stages']} / {head_layers}"]
+    assert cells[3] == f"{millions(found.stage)} M, {millions(found.head.total)} M"
+    assert cells[4] == ("hidden" if found.hidden else "exposed")
+    memory = re.fullmatch(r"(\d+) x (\d+) GB", cells[5])
+    assert memory is not None and int(memory[1]) == config["trainer"]["devices"]
+    assert f": {memory[2]} GB" in header(name)
+
+
 # -- how sizes are counted -------------------------------------------------------------------------------------------
 
 
