@@ -95,7 +95,7 @@ def evaluate(
             on_progress(task[1], len(outcome[0]))
 
     if workers > 1:
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_one_quiet_thread) as pool:
             for task, outcome in zip(tasks, pool.map(_decode, tasks), strict=True):
                 keep(task, outcome)
     else:
@@ -147,8 +147,11 @@ def bootstrap_difference(
     return float(low), float(high)
 
 
-def _one_thread() -> None:
+def _one_quiet_thread() -> None:
+    from transformers.utils.logging import disable_progress_bar
+
     torch.set_num_threads(1)
+    disable_progress_bar()  # the bar of all tasks is the parent's
 
 
 def _decode(
