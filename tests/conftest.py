@@ -31,6 +31,15 @@ def one_torch_thread() -> Iterator[None]:
     yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def datasets_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What `datasets` caches belongs to the session, not to the user's home."""
+    if "HF_DATASETS_CACHE" not in os.environ:
+        os.environ["HF_DATASETS_CACHE"] = str(tmp_path_factory.mktemp("datasets"))
+        if "datasets" in sys.modules:
+            sys.modules["datasets"].config.HF_DATASETS_CACHE = os.environ["HF_DATASETS_CACHE"]
+
+
 @pytest.fixture(scope="session")
 def golden() -> Path:
     """Folder of the golden data of the published implementation (not part of the repository)."""

@@ -6,9 +6,7 @@ import contextlib
 import io
 import json
 import math
-import os
 import re
-import sys
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -112,7 +110,7 @@ def test_the_header_states_the_sizes_that_are_counted(name: str) -> None:
     assert stated.group(1, 2, 3, 4, 5) == tuple(map(millions, sizes))
     assert stated[6].startswith("hidden") == found.hidden
     if not found.hidden:
-        assert stated[7] == millions(head.total - found.room)
+        assert stated[7] == millions(head.total - found.stage)
     ways = re.findall(r"with (\d)(?: head layers)? and at most ([\d,]+)", said)
     assert ways or found.hidden, "nothing is said about what would hide the head"
     for layers, ids in ways:
@@ -189,12 +187,11 @@ def test_a_head_is_counted_whole_but_for_its_frozen_norm(make_target: Callable[.
 def test_the_largest_hidden_vocabulary_is_hidden_and_one_id_more_is_not() -> None:
     head = HeadParameters(layers=500, aggregation=300, lm_head=0)
 
-    def hidden(ids: int, **bytes_: float) -> bool:
-        return ByteRule(1000, HeadParameters(500, 300, 16 * ids), hidden_size=16, **bytes_).hidden
+    def hidden(ids: int) -> bool:
+        return ByteRule(1000, HeadParameters(500, 300, 16 * ids), hidden_size=16).hidden
 
     assert ByteRule(1000, head, 16).largest_vocabulary == 12 and hidden(12) and not hidden(13)
     assert ByteRule(700, head, 16).largest_vocabulary == 0
-    assert not hidden(1, target_bytes=1.0), "a quantised target's stages hide less"
 
 
 # -- a recipe runs ---------------------------------------------------------------------------------------------------
@@ -203,15 +200,6 @@ TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def datasets_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """What `datasets` caches belongs to the session, not to the user's home."""
-    if "HF_DATASETS_CACHE" not in os.environ:
-        os.environ["HF_DATASETS_CACHE"] = str(tmp_path_factory.mktemp("datasets"))
-        if "datasets" in sys.modules:
-            sys.modules["datasets"].config.HF_DATASETS_CACHE = os.environ["HF_DATASETS_CACHE"]
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -38,15 +37,6 @@ def refusal(action: Callable[[], object], *says: str) -> str:
     assert "\n" not in message and len(message) < 600, message
     assert all(word in message for word in says), f"{says} in {message!r}"
     return message
-
-
-@pytest.fixture(scope="session", autouse=True)
-def datasets_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """What `datasets` caches belongs to the session, not to the user's home."""
-    if "HF_DATASETS_CACHE" not in os.environ:
-        os.environ["HF_DATASETS_CACHE"] = str(tmp_path_factory.mktemp("datasets"))
-        if "datasets" in sys.modules:
-            sys.modules["datasets"].config.HF_DATASETS_CACHE = os.environ["HF_DATASETS_CACHE"]
 
 
 @pytest.fixture(scope="module")

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -66,14 +64,6 @@ def _build_tokenizer(chat_template: str | None = TAGGED, vocab: int = 300) -> An
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|end|>", pad_token="<|pad|>")
     tokenizer.chat_template = chat_template
     return tokenizer
-
-
-@pytest.fixture(scope="session", autouse=True)
-def datasets_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """What `datasets` caches belongs to the session, not to the user's home; subprocesses inherit it."""
-    os.environ["HF_DATASETS_CACHE"] = str(tmp_path_factory.mktemp("datasets"))
-    if "datasets" in sys.modules:
-        sys.modules["datasets"].config.HF_DATASETS_CACHE = os.environ["HF_DATASETS_CACHE"]
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -197,7 +197,10 @@ class Session:
 
 def _device_map(text: str) -> Any:
     """`auto`, a device, or a JSON mapping of modules to devices."""
-    return json.loads(text) if text.startswith("{") else text
+    try:
+        return json.loads(text) if text.startswith("{") else text
+    except ValueError as error:
+        raise ArgumentTypeError(f"{text!r} is no JSON ({error}): expected auto or {{module: device}}") from error
 
 
 def _device(name: str) -> Any:

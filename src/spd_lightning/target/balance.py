@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from spd_lightning.errors import InputError
+from spd_lightning.staircase import even_stage_layers
 from spd_lightning.target.target import Target
 
 CONTEXT, WARM_UP, REPEATS = 256, 3, 9
@@ -132,8 +133,7 @@ def balanced_stage_layers(costs: Costs, num_stages: int) -> tuple[int, ...]:
         InputError: for fewer than two stages, or more than twice as many as layers.
     """
     L, n = len(costs.layers), num_stages
-    if not 2 <= n <= 2 * L:
-        raise InputError(f"num_stages={n} does not fit a target of {L} layers: expected 2 <= num_stages <= {2 * L}.")
+    even_stage_layers(L, n)  # refuses an impossible n
     sums = (0.0, *accumulate(costs.layers))
 
     def seconds(stage: int, start: int, stop: int) -> float:

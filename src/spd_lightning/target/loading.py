@@ -219,14 +219,13 @@ def _placement(loading: Loading, config: PretrainedConfig, place: torch.device, 
 
 def check_target(
     path_or_id: str | Path,
-    revision: str | None = None,
     loading: Loading | None = None,
     named: Naming = "loading.{}".format,
 ) -> PretrainedConfig:
     """The target's configuration, refused where it cannot be a target; reads no weight.
 
     Args:
-        path_or_id, revision, loading: as in `load_target`.
+        path_or_id, loading: as in `load_target`.
         named: how the user wrote a field of `loading`, for messages.
 
     Raises:
@@ -235,7 +234,6 @@ def check_target(
     from transformers import AutoConfig
 
     loading = loading or Loading()
-    loading = replace(loading, revision=revision or loading.revision)
     loading.check(named)
     source = _source(path_or_id)
     _check_folder(source)

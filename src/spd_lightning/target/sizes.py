@@ -57,34 +57,26 @@ class ByteRule:
 
     Parameters stand for bytes, which holds while head and target have the same dtype. A quantised target breaks that:
     its stages read 1 (8bit) or about 0.5 (4bit) bytes per parameter and the head 2 in bfloat16, so a stage hides only
-    half or a quarter as many of the head's parameters. `head_bytes` over `target_bytes` says so.
+    half or a quarter as many of the head's parameters.
 
     Attributes:
         stage: parameters that one token reads in the largest stage: a cycle lasts as long as the slowest one.
         head: the head's.
         hidden_size: H.
-        head_bytes, target_bytes: per parameter.
     """
 
     stage: int
     head: HeadParameters
     hidden_size: int
-    head_bytes: float = 2.0
-    target_bytes: float = 2.0
-
-    @property
-    def room(self) -> int:
-        """Parameters of the head that a stage hides."""
-        return int(self.stage * self.target_bytes / self.head_bytes)
 
     @property
     def hidden(self) -> bool:
-        return self.head.total <= self.room
+        return self.head.total <= self.stage
 
     @property
     def largest_vocabulary(self) -> int:
         """Draft ids with which the same layers and W_k are still hidden; 0 where those alone are too large."""
-        return max(0, self.room - self.head.layers - self.head.aggregation) // self.hidden_size
+        return max(0, self.stage - self.head.layers - self.head.aggregation) // self.hidden_size
 
 
 def active_stage_parameters(config: Any, stage_layers: Sequence[int]) -> TargetParameters:

@@ -123,9 +123,10 @@ class SpdModule(L.LightningModule):
         resolve_head_kind(self.head_options.kind, config)
         stages = self.stage_layers
         if stages is None:
-            by_hand = None if hp.stage_layers == "auto" else hp.stage_layers
-            if by_hand is None and hp.stage_layers == "auto" and hp.num_stages is None:
+            measured = hp.stage_layers == "auto"
+            if measured and hp.num_stages is None:
                 raise InputError("model.stage_layers=auto: set model.num_stages, the number of stages to balance.")
+            by_hand = None if measured else hp.stage_layers
             stages = resolve_stage_layers(config.num_hidden_layers, hp.num_stages, by_hand)
         anchors = self.head_options.anchors
         staircase = Staircase(stages, default_anchors(stages) if anchors is None else tuple(anchors))

@@ -122,7 +122,8 @@ def _prepare(cli: Any) -> Staircase:
     module, data = cli.model, cli.datamodule
     if data.tokenizer_source == module.settings.target:
         data.loading = module.loading
-    if (path := cli.config.get("ckpt_path")) is not None and module.settings.stage_layers == "auto":
+    path = cli.config.get("ckpt_path")
+    if path is not None and Path(path).is_file() and module.settings.stage_layers == "auto":
         # what was measured then holds: another clock today must not ask for another head
         module.stage_layers = checkpoint_head_config(Path(path)).stage_layers
     return module.check()
