@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from spd_lightning.target.target import Target
 
 ROOT = Path(__file__).resolve().parents[1]
-pytest_plugins = ["family_table"]
+pytest_plugins = ["family_table", "small_run"]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -33,7 +33,8 @@ def one_torch_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def datasets_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """What `datasets` caches belongs to the session, not to the user's home."""
+    """What `datasets` and the stores of tokens cache belongs to the session, not to the user's home."""
+    os.environ["SPD_CACHE"] = str(tmp_path_factory.mktemp("tokens"))
     if "HF_DATASETS_CACHE" not in os.environ:
         os.environ["HF_DATASETS_CACHE"] = str(tmp_path_factory.mktemp("datasets"))
         if "datasets" in sys.modules:

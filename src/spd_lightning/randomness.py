@@ -23,6 +23,7 @@ class Purpose(IntEnum):
     RESTART = 4  # the restarts of a training sequence
     ORDER = 5  # the order of training samples
     COIN = 6  # simulated acceptance
+    MIX = 7  # which conversations of a weighted source an epoch shows, and the order of streamed sources
 
 
 def philox(seed: int, purpose: Purpose, *counters: int) -> np.random.Philox:

@@ -10,17 +10,18 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from parity.test_lossless import VOCABULARY
 from torch import Tensor
 
+from spd_lightning.data.batches import Batch, collate, supervised_positions
+from spd_lightning.data.chat import Sample
 from spd_lightning.head.layout import StaircaseLayout
 from spd_lightning.head.loading import new_head
 from spd_lightning.head.module import SpeculationHead
 from spd_lightning.target.target import Target
-from spd_lightning.training.chat import Sample
-from spd_lightning.training.data import Batch, collate, supervised_positions
 from spd_lightning.training.losses import draft_kl
 from spd_lightning.training.module import SpdModule
 
@@ -29,14 +30,19 @@ from .common import build, every_family
 STEPS = 12
 
 
-def two_turns(count: int, seed: int) -> Batch:
+def two_turns(count: int, seed: int) -> list[Sample]:
     """Random texts of different lengths with a supervised part of each of two turns; the second fills any pipeline."""
     draw, samples = random.Random(seed), []
     for number in range(count):
         length, starts = draw.randint(24, 32), (draw.randint(1, 4), draw.randint(8, 10))
-        labelled = tuple(starts[0] <= at < starts[0] + 4 or at >= starts[1] for at in range(length))
-        samples.append(Sample(number, tuple(draw.randrange(VOCABULARY) for _ in range(length)), labelled, starts))
-    return collate(samples)
+        ids = np.array([draw.randrange(VOCABULARY) for _ in range(length)], np.int32)
+        samples.append(Sample(number, ids, ((starts[0], starts[0] + 4), (starts[1], length))))
+    return samples
+
+
+def padded(samples: list[Sample]) -> Batch:
+    """One sample per row."""
+    return collate([[sample] for sample in samples])
 
 
 def unmoved(head: SpeculationHead, before: dict[str, Tensor]) -> list[str]:
@@ -75,7 +81,7 @@ def test_training_lowers_the_loss_moves_every_weight_of_the_head_and_none_of_the
     _, head = module.parts()
     frozen = {name: tensor.clone() for name, tensor in target.model.state_dict().items()}
     before = {name: parameter.detach().clone() for name, parameter in head.named_parameters()}
-    losses = train(module, two_turns(3, seed=1), STEPS)
+    losses = train(module, padded(two_turns(3, seed=1)), STEPS)
     print(f"{family}, {kind}: loss {losses[0]:.3f} -> {losses[-1]:.3f}")
     assert losses[-1] < 0.9 * losses[0] and all(loss == loss for loss in losses)
     assert unmoved(head, before) == ["norm.weight"], "everything but the target's norm is trained"
@@ -94,7 +100,7 @@ def test_the_loss_is_that_of_the_logits_which_decoding_compares(
     _, head = module.parts()
     with torch.no_grad():
         head.lm_head.weight.mul_(1.5)
-    batch = two_turns(2, seed=5)
+    batch = padded(two_turns(2, seed=5))
     loss, _ = module.loss(batch, epoch=0, statistics=False)
     with torch.no_grad():
         states, _ = target(batch["input_ids"], head.config.anchors)
@@ -109,15 +115,10 @@ def test_the_loss_is_that_of_the_logits_which_decoding_compares(
 def test_a_longer_neighbour_in_the_batch_changes_no_loss(make_target: Callable[..., Target], family: str) -> None:
     """Padding on the right, as batches have it: the sum over both alone is the sum over the batch."""
     module = module_for(build(make_target, family, (1, 2, 1, 1), seed=3), num_layers=1)
-    batch = two_turns(2, seed=4)
-    lengths = batch["lengths"].tolist()
-    assert lengths[0] != lengths[1]
-    _, together = module.loss(batch, epoch=0, statistics=True)
-    alone = torch.zeros_like(together)
-    for row, length in enumerate(lengths):
-        single = {name: value[row : row + 1] for name, value in batch.items()}
-        cut = {name: value[:, :length] if value.ndim == 2 else value for name, value in single.items()}
-        alone += module.loss(cut, epoch=0, statistics=True)[1]
+    samples = two_turns(2, seed=4)
+    assert len(samples[0]) != len(samples[1])
+    _, together = module.loss(padded(samples), epoch=0, statistics=True)
+    alone = sum(module.loss(padded([sample]), epoch=0, statistics=True)[1] for sample in samples)
     assert torch.allclose(together, alone, rtol=1e-3, atol=1e-4)
 
 
@@ -128,6 +129,6 @@ def test_any_depth_trains_on_any_number_of_stages(make_target: Callable[..., Tar
     module = module_for(target, num_layers=1)
     _, head = module.parts()
     before = {name: parameter.detach().clone() for name, parameter in head.named_parameters()}
-    losses = train(module, two_turns(2, seed=n), 2)
+    losses = train(module, padded(two_turns(2, seed=n)), 2)
     assert losses[1] < losses[0]
     assert unmoved(head, before) == ["norm.weight"]

@@ -1,117 +1,28 @@
-"""Batches, their order, the epoch that Lightning announces, and data that cannot be read."""
+"""The data module: epochs, ranks, workers, held-out prompts, streams; and data that cannot be used."""
 
 from __future__ import annotations
 
 import gzip
+import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+from spd_lightning.data.batches import Batch, EpochBatches
+from spd_lightning.data.cleaning import Cleaning
+from spd_lightning.data.sources import Source
 from spd_lightning.errors import InputError
-from spd_lightning.training.chat import Sample
-from spd_lightning.training.data import BucketedBatches, SpdDataModule, collate, supervised_positions
+from spd_lightning.training.data import SpdDataModule, StreamedBatches
 
 Conversations = Callable[..., list[list[dict[str, str]]]]
 WriteLines = Callable[[Path, Iterable[Any]], Path]
-
-#: 60 conversations of very different lengths.
-LENGTHS = [(index * 37) % 61 + 1 for index in range(60)]
-
-
-def sample(index: int, labels: str, starts: tuple[int, ...]) -> Sample:
-    """ids 10 * index + 1, + 2, ...; `labels` has one character per token, x where the assistant wrote it."""
-    ids = tuple(10 * index + number for number in range(1, len(labels) + 1))
-    return Sample(index, ids, tuple(mark == "x" for mark in labels), starts)
-
-
-# -- batches ---------------------------------------------------------------------------------------------------------
-
-
-def test_supervised_are_the_positions_before_a_labelled_token_that_starts_no_turn() -> None:
-    #                    position   0123456789
-    batch = collate([sample(0, labels="..xxx..xx.", starts=(2, 7)), sample(1, labels=".x", starts=(1,))])
-    found = ["".join("s" if mark else "." for mark in row) for row in supervised_positions(batch).tolist()]
-    # x_3 and x_4 are drafted at 2 and 3, x_8 at 7; x_2 and x_7 start their turns, and row 1 has nothing but a start
-    assert found == ["..ss...s..", ".........."]
-
-
-def test_a_label_at_the_end_of_one_row_supervises_nothing_in_another() -> None:
-    batch = collate([sample(0, "xxx", (0,)), sample(1, "x..", (0,))])
-    assert supervised_positions(batch).tolist() == [[True, True, False], [False, False, False]]
-
-
-def test_a_batch_is_padded_on_the_right() -> None:
-    batch = collate([sample(3, ".xx", (1,)), sample(5, ".xxx.x", (1, 5))])
-    assert batch["input_ids"].tolist() == [[31, 32, 33, 0, 0, 0], [51, 52, 53, 54, 55, 56]]
-    assert batch["labelled"].int().tolist() == [[0, 1, 1, 0, 0, 0], [0, 1, 1, 1, 0, 1]]
-    assert batch["turn_starts"].int().tolist() == [[0, 1, 0, 0, 0, 0], [0, 1, 0, 0, 0, 1]]
-    assert batch["sample_ids"].tolist() == [3, 5] and batch["lengths"].tolist() == [3, 6]
-
-
-# -- order -----------------------------------------------------------------------------------------------------------
-
-
-def rounds(world_size: int, epoch: int = 0, seed: int = 0, batch_size: int = 3, pool: int = 4) -> list[list[list[int]]]:
-    """[round][rank]: what all ranks work on at the same time."""
-    ranks = []
-    for rank in range(world_size):
-        batches = BucketedBatches(LENGTHS, batch_size, seed, rank, world_size, pool)
-        batches.set_epoch(epoch)
-        ranks.append(list(batches))
-        assert len(ranks[-1]) == len(batches), "the announced length is the real one"
-    return [list(each) for each in zip(*ranks, strict=True)]
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7])
-def test_every_rank_gets_as_many_batches_and_no_sample_comes_twice_in_an_epoch(world_size: int) -> None:
-    found = rounds(world_size)
-    assert len(found) == 60 // (3 * world_size)
-    flat = [index for each in found for batch in each for index in batch]
-    assert len(flat) == len(set(flat)) and all(len(batch) == 3 for each in found for batch in each)
-
-
-@pytest.mark.parametrize("world_size", [2, 3, 4])
-def test_the_order_does_not_depend_on_the_number_of_ranks(world_size: int) -> None:
-    alone = [batch for (batch,) in rounds(1)]
-    for number, together in enumerate(rounds(world_size)):
-        assert together == alone[number * world_size : (number + 1) * world_size]
-
-
-def test_the_order_is_a_function_of_seed_and_epoch_alone() -> None:
-    torch.manual_seed(1)
-    first = rounds(2, epoch=3, seed=5)
-    rounds(1, epoch=9)
-    torch.manual_seed(2)
-    assert rounds(2, epoch=3, seed=5) == first
-    assert rounds(2, epoch=4, seed=5) != first and rounds(2, epoch=3, seed=6) != first
-
-
-def test_an_epoch_uses_every_sample_that_full_rounds_can_hold_in_any_pool() -> None:
-    for pool in (1, 2, 7, 100):
-        flat = [index for each in rounds(1, pool=pool) for batch in each for index in batch]
-        assert sorted(flat) == list(range(60))
-    leftover = BucketedBatches(LENGTHS, 7, 0)
-    assert len(leftover) == 8 and len({index for batch in leftover for index in batch}) == 56
-
-
-def test_conversations_of_a_batch_are_of_similar_length() -> None:
-    def padding(batches: list[list[int]]) -> int:
-        return sum(max(LENGTHS[i] for i in batch) * len(batch) - sum(LENGTHS[i] for i in batch) for batch in batches)
-
-    bucketed = [batch for (batch,) in rounds(1, pool=100)]
-    unsorted = [list(range(start, start + 3)) for start in range(0, 60, 3)]
-    assert padding(bucketed) < 0.2 * padding(unsorted)
-
-
-def test_too_few_conversations_for_one_batch_per_rank_are_refused() -> None:
-    with pytest.raises(InputError, match=r"data\.train has 5 conversations.*batch_size=3.*2 ranks"):
-        BucketedBatches([1] * 5, 3, 0, rank=0, world_size=2)
 
 
 # -- the data module -------------------------------------------------------------------------------------------------
@@ -165,13 +76,34 @@ def test_lightning_announces_the_epoch_so_that_every_epoch_has_its_own_order(
     data, module = make_data(num_workers=workers, seed=4), Recorder()
     trainer(max_epochs=2).fit(module, datamodule=data)
     epochs = [[ids for epoch, ids in module.seen if epoch == number] for number in (0, 1)]
-    lengths = [len(each.ids) for each in data.train_samples]
+    assert data.train_samples is not None and data.validation_set is not None
     for number, seen in enumerate(epochs):
-        expected = BucketedBatches(lengths, 4, seed=4)
+        expected = EpochBatches(data.train_samples.lengths, 4, seed=4)
         expected.set_epoch(number)
-        assert seen == [[data.train_samples[i].index for i in batch] for batch in expected]
+        assert seen == [[row[0] for row in batch] for batch in expected]
     assert epochs[0] != epochs[1] and len(epochs[0]) == 10
     assert len(module.validated) == 2 * len(data.validation_set), "validation takes every sample, in every epoch"
+
+
+@pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
+def test_the_number_of_workers_changes_nothing(make_data: Callable[..., SpdDataModule], packing: bool) -> None:
+    found = []
+    for workers in (0, 2):
+        data = make_data(num_workers=workers, packing=packing, batch_size=2, max_length=128)
+        data.setup("fit")
+        found.append(list(data.train_dataloader()))
+    assert len(found[0]) == len(found[1]) > 2
+    for one, two in zip(*found, strict=True):
+        assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_packing_follows_the_target_unless_it_is_set(make_data: Callable[..., SpdDataModule]) -> None:
+    for packing, refusal, packed in (("auto", None, True), ("auto", "no.", False), (False, None, False)):
+        data = make_data(packing=packing)
+        data.choose_packing(refusal)
+        assert data.packed is packed and (data.capacity == data.max_length) is packed
+    with pytest.raises(InputError, match=r"data\.packing=true: family x has recurrent layers\. Set data\.packing"):
+        make_data(packing=True).choose_packing("family x has recurrent layers.")
 
 
 def test_validation_keeps_its_order_and_its_number_of_samples(make_data: Callable[..., SpdDataModule]) -> None:
@@ -212,16 +144,20 @@ def test_prompts_are_the_first_held_out_ones_up_to_the_first_answer(
         data.prompts(10, skip=5)
 
 
-def test_conversations_without_an_answer_are_left_out_and_the_others_keep_their_number(
+def test_conversations_without_an_answer_are_counted_and_left_out(
     make_data: Callable[..., SpdDataModule], tmp_path: Path, make_conversations: Conversations, write_lines: WriteLines
 ) -> None:
     silent = [{"role": "user", "content": "hello"}]
     rows = [
         {"messages": silent if number % 2 else messages} for number, messages in enumerate(make_conversations(6, 2))
     ]
-    data = make_data(train=str(write_lines(tmp_path / "train.jsonl", rows)), batch_size=1)
+    path = str(write_lines(tmp_path / "train.jsonl", rows))
+    message = refusal(make_data(train=path, batch_size=1))
+    assert "3 of 6 rows are bad (50.0%, data.cleaning.max_bad_share allows 5.0%)" in message
+    assert "3 x no assistant turn" in message and f"{path}:2" in message
+    data = make_data(train=path, batch_size=1, cleaning=Cleaning(max_bad_share=0.5))
     data.setup("fit")
-    assert [each.index for each in data.train_samples] == [0, 2, 4]
+    assert len(data.train_samples) == 3 and data.train_samples.tally.bad == {"no assistant turn": 3}
 
 
 def test_several_files_and_gzipped_ones_are_read_in_order(
@@ -234,7 +170,7 @@ def test_several_files_and_gzipped_ones_are_read_in_order(
     one, two = make_data(train=str(whole), batch_size=1), make_data(train=[str(first), str(second)], batch_size=1)
     one.setup("fit")
     two.setup("fit")
-    assert one.train_samples == two.train_samples and len(one.train_samples) == 5
+    assert list(one.train_samples) == list(two.train_samples) and len(one.train_samples) == 5
 
 
 def test_a_file_that_changed_is_read_again(
@@ -245,16 +181,120 @@ def test_a_file_that_changed_is_read_again(
         path = write_lines(tmp_path / "train.jsonl", ({"messages": m} for m in make_conversations(3, seed)))
         data = make_data(train=str(path), batch_size=1)
         data.setup("fit")
-        found.append(data.train_samples)
+        found.append(list(data.train_samples))
     assert found[0] != found[1]
 
 
 def test_training_after_a_validation_has_its_training_data(make_data: Callable[..., SpdDataModule]) -> None:
     data = make_data()
     data.setup("validate")
-    assert not data.train_samples, "a validation does not pay for the training data"
+    assert data.train_samples is None, "a validation does not pay for the training data"
     data.setup("fit")
     assert len(data.train_samples) == 40
+
+
+# -- mixtures, splits, streams ---------------------------------------------------------------------------------------
+
+
+def ids_of(batch: Batch) -> list[tuple[int, ...]]:
+    """The documents of a batch, as tokens."""
+    flat = batch["input_ids"].flatten().tolist()
+    places = zip(batch["starts"].tolist(), batch["lengths"].tolist(), strict=True)
+    return [tuple(flat[start : start + length]) for start, length in places]
+
+
+@pytest.fixture
+def two_sources(tmp_path: Path, make_conversations: Conversations, write_lines: WriteLines) -> list[Source]:
+    """60 and 20 conversations, the second ones twice as often."""
+    paths = [
+        write_lines(tmp_path / f"{name}.jsonl", ({"messages": m} for m in make_conversations(count, seed)))
+        for name, count, seed in (("a", 60, 10), ("b", 20, 11))
+    ]
+    return [Source(str(paths[0])), Source(str(paths[1]), weight=2.0)]
+
+
+def test_a_heavier_source_comes_more_often(make_data: Callable[..., SpdDataModule], two_sources: list[Source]) -> None:
+    data = make_data(train=two_sources, batch_size=1, packing=False)
+    data.setup("fit")
+    seen = [row[0] for batch in data.batches for row in batch]
+    assert data.train_samples is not None
+    numbers = data.train_samples.source_numbers[seen]
+    assert np.bincount(numbers).tolist() == [60, 40] and len(set(seen)) == 80
+
+
+def test_a_share_of_the_training_sources_is_held_out_by_the_opening_alone(
+    make_data: Callable[..., SpdDataModule], tmp_path: Path, make_conversations: Conversations, write_lines: WriteLines
+) -> None:
+    rows = [{"messages": messages} for messages in make_conversations(120, 12)]
+    changed = json.loads(json.dumps(rows))
+    for row in changed:  # as if the target had written the responses anew
+        for message in row["messages"]:
+            message["content"] += " anew" if message["role"] == "assistant" else ""
+    kept = []
+    for name, content in (("own", rows), ("anew", changed)):
+        path = write_lines(tmp_path / f"{name}.jsonl", content)
+        data = make_data(train=str(path), validation=None, validation_share=0.25)
+        data.setup("fit")
+        assert data.train_samples is not None and data.validation_set is not None
+        assert len(data.train_samples) + len(data.validation_set) == 120 and 15 < len(data.validation_set) < 45
+        kept.append([tuple(sample.prompt) for sample in data.validation_set])
+        assert not set(kept[-1]) & {tuple(sample.prompt) for sample in data.train_samples}
+    assert kept[0] == kept[1]
+
+
+def streamed(data: SpdDataModule, rank: int = 0, world_size: int = 1, epoch: int = 0) -> list[Batch]:
+    data.trainer = SimpleNamespace(global_rank=rank, world_size=world_size, max_steps=10)  # type: ignore[assignment]
+    loader = data.train_dataloader()
+    assert isinstance(loader, StreamedBatches)
+    loader.sampler.set_epoch(epoch)
+    return list(loader)
+
+
+@pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
+def test_a_stream_shows_everything_in_an_order_that_neither_workers_nor_ranks_change(
+    make_data: Callable[..., SpdDataModule], two_sources: list[Source], packing: bool
+) -> None:
+    def make(workers: int = 0, sources: list[Source] = two_sources) -> SpdDataModule:
+        return make_data(
+            train=sources, streaming=True, window=16, batch_size=2, packing=packing, max_length=128, num_workers=workers
+        )
+
+    alone = [ids_of(batch) for batch in streamed(make())]
+    assert alone == [ids_of(batch) for batch in streamed(make(workers=3))]
+    together = [[ids_of(batch) for batch in streamed(make(), rank, 3)] for rank in range(3)]
+    dealt = [batch for round_ in zip(*together, strict=True) for batch in round_]
+    assert dealt == alone[: len(dealt)] and len(alone) - len(dealt) < 3
+    assert alone != [ids_of(batch) for batch in streamed(make(), epoch=1)], "every epoch has its own order"
+    stored = make_data(train=two_sources, batch_size=1, packing=False)
+    stored.setup("fit")
+    assert stored.train_samples is not None
+    everything = [tuple(s.ids.tolist()) for s in stored.train_samples]
+    shown = [document for batch in alone for document in batch]
+    left = len([*everything, *everything[60:]]) - len(shown)
+    assert set(shown) <= set(everything) and 0 <= left <= (40 if packing else 2), "the second source comes twice"
+    early = set(shown[: len(shown) // 2])
+    assert early & set(everything[:60]) and early & set(everything[60:]), "both sources from the start"
+
+
+def test_a_stream_trains_and_needs_a_number_of_steps(
+    make_data: Callable[..., SpdDataModule], two_sources: list[Source]
+) -> None:
+    data, module = make_data(train=two_sources, streaming=True, window=8), Recorder()
+    trainer(max_steps=12, val_check_interval=6, check_val_every_n_epoch=None).fit(module, datamodule=data)
+    assert len(module.seen) == 12 and module.validated
+    with pytest.raises(InputError, match=r"data\.streaming.*trainer\.max_steps"):
+        trainer(max_epochs=1).fit(Recorder(), datamodule=make_data(train=two_sources, streaming=True))
+    with pytest.raises(InputError, match=r"data\.validation=null with data\.streaming"):
+        make_data(train=two_sources, streaming=True, validation=None).setup("fit")
+
+
+def test_streamed_rows_that_are_bad_end_the_run(
+    make_data: Callable[..., SpdDataModule], tmp_path: Path, make_conversations: Conversations, write_lines: WriteLines
+) -> None:
+    path = write_lines(tmp_path / "train.jsonl", ({"messages": m} for m in make_conversations(30, 1)))
+    path.write_text(path.read_text() + "{broken\n" * 3)
+    with pytest.raises(InputError, match=r"data\.train: 3 of 33 rows are bad.*invalid JSON.*train\.jsonl:31"):
+        streamed(make_data(train=str(path), streaming=True))
 
 
 # -- what cannot be read ---------------------------------------------------------------------------------------------
@@ -264,20 +304,20 @@ def refusal(data: SpdDataModule, stage: str = "fit") -> str:
     with pytest.raises(InputError) as caught:
         data.setup(stage)
     message = str(caught.value)
-    assert "\n" not in message and len(message) < 500
+    assert "\n" not in message and len(message) < 900
     return message
 
 
 @pytest.mark.parametrize("field", ["train", "validation"])
-def test_a_missing_and_an_empty_file_are_refused_by_field_and_path(
+def test_a_missing_and_an_empty_file_are_refused_by_field_and_path_before_anything_else(
     make_data: Callable[..., SpdDataModule], tmp_path: Path, field: str
 ) -> None:
     missing, empty = tmp_path / "missing.jsonl", tmp_path / "empty.jsonl"
     empty.write_text("")
-    message = refusal(make_data(**{field: str(missing)}))
-    assert f"data.{field}=" in message and str(missing) in message and "does not exist" in message
-    message = refusal(make_data(**{field: str(empty)}))
-    assert f"data.{field}=" in message and str(empty) in message and "is empty" in message
+    for path, complaint in ((missing, "does not exist"), (empty, "is empty")):
+        with pytest.raises(InputError, match=complaint) as caught:
+            make_data(**{field: str(path)})
+        assert f"data.{field}=" in str(caught.value) and str(path) in str(caught.value)
 
 
 def test_a_file_of_blank_lines_is_refused(make_data: Callable[..., SpdDataModule], tmp_path: Path) -> None:
@@ -286,72 +326,23 @@ def test_a_file_of_blank_lines_is_refused(make_data: Callable[..., SpdDataModule
     assert "data.train" in message and "blank.jsonl" in message
 
 
-def test_a_truncated_last_line_is_refused_by_field_and_path(
-    make_data: Callable[..., SpdDataModule], tmp_path: Path, make_conversations: Conversations, write_lines: WriteLines
-) -> None:
-    path = write_lines(tmp_path / "train.jsonl", ({"messages": m} for m in make_conversations(5, 6)))
-    path.write_text(path.read_text()[:-30])
-    message = refusal(make_data(train=str(path)))
-    assert "data.train=" in message and str(path) in message and "JSON" in message
-
-
-def test_a_truncated_gzip_file_is_refused_by_field_and_path(
+def test_a_truncated_gzip_file_is_refused_by_path(
     make_data: Callable[..., SpdDataModule], tmp_path: Path, make_conversations: Conversations, write_lines: WriteLines
 ) -> None:
     whole = write_lines(tmp_path / "train.jsonl", ({"messages": m} for m in make_conversations(50, 6))).read_bytes()
     path = tmp_path / "train.jsonl.gz"
     path.write_bytes(gzip.compress(whole)[:-40])
-    message = refusal(make_data(train=str(path)))
-    assert "data.train=" in message and str(path) in message
+    assert str(path) in refusal(make_data(train=str(path)))
 
 
-def test_lines_without_messages_are_refused_with_the_fields_that_were_found(
-    make_data: Callable[..., SpdDataModule], tmp_path: Path, write_lines: WriteLines
-) -> None:
-    path = write_lines(tmp_path / "train.jsonl", [{"prompt": "a", "answer": "b"}])
-    message = refusal(make_data(train=str(path)))
-    assert "data.train" in message and '"messages"' in message and "'prompt'" in message and "'answer'" in message
-
-
-def test_data_without_a_labelled_token_is_refused(
-    make_data: Callable[..., SpdDataModule], tmp_path: Path, write_lines: WriteLines
-) -> None:
-    path = write_lines(tmp_path / "v.jsonl", [{"messages": [{"role": "user", "content": "hello"}]}] * 3)
-    message = refusal(make_data(validation=str(path)))
-    assert "data.validation" in message and "none of 3 conversations" in message and "data.max_length" in message
+def test_data_without_a_labelled_token_is_refused(make_data: Callable[..., SpdDataModule]) -> None:
     message = refusal(make_data(max_length=2))
-    assert "data.train" in message and "none of 40 conversations" in message
-
-
-@pytest.mark.parametrize(
-    "messages",
-    [
-        [{"role": "user", "content": "a"}, {"role": "assistant", "content": None}],
-        [{"role": "user"}],
-        [{"content": "a"}],
-        [],
-        None,
-        "a conversation",
-    ],
-    ids=["no content", "a missing content", "a missing role", "no message", "null", "a string"],
-)
-def test_a_conversation_the_template_cannot_render_is_refused_by_field_and_line(
-    make_data: Callable[..., SpdDataModule],
-    tmp_path: Path,
-    messages: Any,
-    make_conversations: Conversations,
-    write_lines: WriteLines,
-) -> None:
-    good = make_conversations(2, 7)
-    rows = [{"messages": good[0]}, {"messages": messages}] if not isinstance(messages, str) else []
-    path = write_lines(tmp_path / "train.jsonl", rows or [{"messages": messages}])
-    message = refusal(make_data(train=str(path)))
-    assert "data.train" in message and str(path) in message
+    assert "data.train" in message and "40 of 40 rows are bad" in message and "no labelled token" in message
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("max_length", 0), ("batch_size", 0), ("batch_size", -4), ("validation_samples", 0), ("num_workers", -1)],
+    [("max_length", 1), ("batch_size", 0), ("batch_size", -4), ("validation_samples", 0), ("num_workers", -1)],
 )
 def test_an_impossible_number_is_refused_by_field_and_value(
     make_data: Callable[..., SpdDataModule], field: str, value: int

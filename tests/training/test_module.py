@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,8 @@ from lightning.pytorch.loggers import Logger
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from spd_lightning.data.batches import Batch, collate
+from spd_lightning.data.chat import Sample
 from spd_lightning.decoding.decoder import SpdDecoder
 from spd_lightning.decoding.generation import Pooled
 from spd_lightning.errors import InputError
@@ -24,8 +27,6 @@ from spd_lightning.head.layout import StaircaseLayout
 from spd_lightning.head.loading import load_head, new_head
 from spd_lightning.staircase import entry_cycles
 from spd_lightning.target.loading import Loading
-from spd_lightning.training.chat import Sample
-from spd_lightning.training.data import Batch, collate
 from spd_lightning.training.losses import COLUMNS
 from spd_lightning.training.metrics import DraftStatistics
 from spd_lightning.training.module import HeadOptions, SpdModule
@@ -40,10 +41,14 @@ def random_samples(count: int, seed: int, longest: int = 24) -> list[Sample]:
     for number in range(count):
         length = draw.randint(12, longest)
         starts = (draw.randint(1, 4), draw.randint(7, 10))
-        labelled = [starts[0] <= i < starts[0] + 3 or i >= starts[1] for i in range(length)]
-        ids = tuple(draw.randrange(VOCABULARY) for _ in range(length))
-        made.append(Sample(100 + number, ids, tuple(labelled), starts))
+        ids = np.array([draw.randrange(VOCABULARY) for _ in range(length)], np.int32)
+        made.append(Sample(100 + number, ids, ((starts[0], starts[0] + 3), (starts[1], length))))
     return made
+
+
+def padded(samples: Sequence[Sample]) -> Batch:
+    """One sample per row."""
+    return collate([[sample] for sample in samples])
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +99,7 @@ class Memory(Logger):
 
 def fit(module: SpdModule, samples: Sequence[Sample], batch_size: int, **options: Any) -> L.Trainer:
     """A real Trainer over samples in their order."""
-    loader: DataLoader[Batch] = DataLoader(list(samples), batch_size=batch_size, collate_fn=collate)  # type: ignore[arg-type]
+    loader: DataLoader[Batch] = DataLoader(list(samples), batch_size=batch_size, collate_fn=padded)  # type: ignore[arg-type]
     settings: dict[str, Any] = {
         "accelerator": "cpu",
         "devices": 1,
@@ -116,7 +121,7 @@ def fit(module: SpdModule, samples: Sequence[Sample], batch_size: int, **options
 
 def gaps(module: SpdModule, samples: Sequence[Sample], epoch: int = 0) -> dict[int, list[int]]:
     """Gaps after position 0 by sample, as the module draws them for these samples in one batch."""
-    entries = module.entry_cycles(collate(samples), epoch)
+    entries = module.entry_cycles(padded(samples), epoch)
     return {sample.index: entries[row, : len(sample.ids)].diff().tolist() for row, sample in enumerate(samples)}
 
 
@@ -130,7 +135,7 @@ def test_restarts_do_not_depend_on_the_batch_or_on_padding(make_module: Callable
 
 def test_restarts_depend_on_seed_epoch_and_sample(make_module: Callable[..., SpdModule]) -> None:
     module, samples = make_module(), random_samples(3, 0)
-    twin = Sample(999, samples[0].ids, samples[0].labelled, samples[0].turn_starts)
+    twin = Sample(999, samples[0].ids, samples[0].turns)
     torch.manual_seed(7)
     first = gaps(module, samples)
     assert first == gaps(make_module(), samples), "another module of the same seed draws the same"
@@ -141,7 +146,7 @@ def test_restarts_depend_on_seed_epoch_and_sample(make_module: Callable[..., Spd
 @pytest.mark.parametrize("rate", [0.0, 0.15, 0.6, 1.0])
 def test_the_observed_rate_is_the_restart_rate(make_module: Callable[..., SpdModule], rate: float) -> None:
     module = make_module(restart_rate=rate)
-    samples = [Sample(i, (1,) * 200, (True,) * 200, (5,)) for i in range(60)]
+    samples = [Sample(i, np.ones(200, np.int32), ((5, 200),)) for i in range(60)]
     drawn = [gap for row in gaps(module, samples).values() for position, gap in enumerate(row, 1) if position != 5]
     assert set(drawn) <= {1, 4}
     observed = sum(gap == 4 for gap in drawn) / len(drawn)
@@ -151,12 +156,12 @@ def test_the_observed_rate_is_the_restart_rate(make_module: Callable[..., SpdMod
 def test_every_turn_begins_with_a_restart(make_module: Callable[..., SpdModule]) -> None:
     module = make_module(restart_rate=0.0)
     for sample, row in zip(random_samples(5, 1), gaps(module, random_samples(5, 1)).values(), strict=True):
-        assert [position for position, gap in enumerate(row, 1) if gap == 4] == list(sample.turn_starts)
+        assert [position for position, gap in enumerate(row, 1) if gap == 4] == [start for start, _ in sample.turns]
 
 
 def test_entry_cycles_are_those_of_the_staircase(make_module: Callable[..., SpdModule]) -> None:
     module, samples = make_module(), random_samples(4, 2)
-    entries = module.entry_cycles(collate(samples), epoch=3)
+    entries = module.entry_cycles(padded(samples), epoch=3)
     for row, sample in enumerate(samples):
         found = entries[row, : len(sample.ids)].tolist()
         steps = [4, *gaps(module, samples, epoch=3)[sample.index]]
@@ -202,7 +207,7 @@ def test_the_loss_is_the_mean_kl_at_supervised_positions_in_value_and_gradient(
     options = HeadOptions(draft_vocabulary=path and str(path))
     module = make_module(loading=Loading(dtype="float64"), loss_chunk=7, head=options)
     module.head = perturbed(module).parts()[1].double()
-    batch = collate(random_samples(4, 3))
+    batch = padded(random_samples(4, 3))
     expected, expected_gradients = straightforward(module, batch, epoch=2)
     module.parts()[1].zero_grad()
     loss, _ = module.loss(batch, epoch=2, statistics=False)
@@ -219,7 +224,7 @@ def test_a_batch_without_a_supervised_position_has_no_loss_and_no_gradient(
     make_module: Callable[..., SpdModule],
 ) -> None:
     module = make_module()
-    batch = collate([Sample(0, (1, 2, 3), (False, False, True), (2,))])
+    batch = padded([Sample(0, np.array([1, 2, 3]), ((2, 3),))])
     loss, table = module.loss(batch, epoch=0, statistics=True)
     loss.backward()
     assert loss.item() == 0 and table.sum() == 0
@@ -231,7 +236,7 @@ def test_a_batch_without_a_supervised_position_has_no_loss_and_no_gradient(
 
 def statistics(module: SpdModule, samples: Sequence[Sample]) -> Tensor:
     with torch.no_grad():
-        return module.loss(collate(samples), epoch=0, statistics=True)[1]
+        return module.loss(padded(samples), epoch=0, statistics=True)[1]
 
 
 def test_two_batches_give_the_statistics_of_their_concatenation(make_module: Callable[..., SpdModule]) -> None:
@@ -254,7 +259,7 @@ def test_padding_changes_no_statistic(make_module: Callable[..., SpdModule]) -> 
     samples = random_samples(5, 5)
     alone = torch.stack([statistics(module, [sample]) for sample in samples]).sum(0)
     torch.testing.assert_close(statistics(module, samples), alone, atol=1e-4, rtol=1e-6)
-    long = Sample(1, tuple(range(60)), (True,) * 60, (0,))
+    long = Sample(1, np.arange(60), ((0, 60),))
     beside = statistics(module, [samples[0], long]) - statistics(module, [long])
     torch.testing.assert_close(beside, statistics(module, [samples[0]]), atol=1e-4, rtol=1e-6)
 
@@ -454,8 +459,7 @@ def own_text(module: SpdModule, count: int, seed: int, prompt: int = 4, length: 
     ids = torch.randint(0, VOCABULARY, (count, prompt), generator=torch.Generator().manual_seed(seed))
     for _ in range(length - prompt):
         ids = torch.cat([ids, target.model(ids).logits[:, -1:].argmax(-1)], dim=1)
-    labelled = tuple(position >= prompt for position in range(length))
-    return [Sample(number, tuple(row), labelled, (prompt,)) for number, row in enumerate(ids.tolist())]
+    return [Sample(number, row, ((prompt, length),)) for number, row in enumerate(ids.numpy())]
 
 
 def acceptance(module: SpdModule, prompts: Sequence[list[int]], new_tokens: int = 16) -> float:

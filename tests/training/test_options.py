@@ -125,10 +125,10 @@ def test_a_device_map_with_several_processes_is_refused(model_folder: Path) -> N
 def test_the_tokenizer_of_the_target_is_asked_for_as_the_target_is(
     fit: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from spd_lightning.training import data
+    from spd_lightning.data import store
 
     asked: list[Loading] = []
-    real = data.load_tokenizer
-    monkeypatch.setattr(data, "load_tokenizer", lambda source, loading: asked.append(loading) or real(source, loading))
+    real = store.load_tokenizer
+    monkeypatch.setattr(store, "load_tokenizer", lambda source, loading: asked.append(loading) or real(source, loading))
     fit(tmp_path / "run", model__loading__offline="true")
     assert asked and all(loading.offline for loading in asked)

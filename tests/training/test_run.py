@@ -131,8 +131,9 @@ def test_run_json_says_what_the_run_was(finished: tuple[Path, str], model_folder
     assert config["model"]["target"] == config["data"]["tokenizer"] == str(model_folder)
     assert config["model"]["num_stages"] == 4 and config["trainer"]["max_steps"] == 4
     train, validation = content["data"]["train"], content["data"]["validation"]
-    assert (train["conversations"], validation["conversations"]) == (40, 14)
-    assert re.fullmatch(r"[0-9a-f]{64}", train["sha256"]) and train["sha256"] != validation["sha256"]
+    assert (train["samples"], validation["samples"]) == (40, 14)
+    assert re.fullmatch(r"[0-9a-f]{20}", train["fingerprint"]) and train["fingerprint"] != validation["fingerprint"]
+    assert train["rows"]["read"] == train["rows"]["kept"] == 40 and not train["rows"]["bad"]
     assert train["tokens"] > 40 and 0 < train["labelled_share"] < 1
     assert len(content["seconds"]) == 4 and all(seconds >= 0 for seconds in content["seconds"].values())
     assert content["seconds"]["train and validate"] > 0 and content["seconds"]["final decoding"] > 0
@@ -249,12 +250,14 @@ def test_validating_the_last_checkpoint_gives_what_training_logged(
 def test_a_failing_run_says_so_in_run_json(
     arguments: Arguments, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    missing = tmp_path / "missing.jsonl"
-    assert cli.main(arguments("fit", tmp_path / "run", data__train=missing)) == 2
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text("{no JSON\n")
+    assert cli.main(arguments("fit", tmp_path / "run", data__train=broken)) == 2
     content = record(tmp_path / "run")
-    assert content["status"].startswith("failed: InputError: data.train=") and str(missing) in content["status"]
+    assert content["status"].startswith("failed: InputError: data.train: 1 of 1 rows are bad")
+    assert f"{broken}:1" in content["status"]
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: data.train=")
+    assert line.startswith("error: data.train: ")
 
 
 def test_a_broken_invariant_fails_the_run_and_leaves_its_state(

@@ -114,6 +114,22 @@ def _short(kinds: tuple[str, ...]) -> str:
     return ", ".join(f"{kinds.count(kind)} x {kind}" for kind in sorted(set(kinds)))
 
 
+def packing_refusal(config: Any, attention: str | None) -> str | None:
+    """Why a target cannot take several documents in one row without mixing them; None where it can.
+
+    Args:
+        config: its text config.
+        attention: name of its attention kernel; None: the default one.
+    """
+    if "linear_attention" in layer_kinds(config):
+        return (
+            f"family {config.model_type!r} has recurrent layers, whose state would pass from one document to the next."
+        )
+    if attention is not None and "flash" in attention:
+        return f"the attention kernel {attention!r} takes no mask; set model.loading.attention to sdpa."
+    return None
+
+
 def has_rope_per_kind(config: Any) -> bool:
     """Whether sliding and full layers turn by different angles (Gemma 3, OLMo 3)."""
     return set(config.rope_parameters) <= set(ROLLBACK)

@@ -1,90 +1,191 @@
-"""SpdDataModule: chat conversations to padded batches with assistant labels and turn starts.
+"""SpdDataModule: what a corpus becomes on its way to a training step; the order is a function of (seed, epoch) alone.
 
-The order of samples is a function of (seed, epoch) alone (counter-based), whatever the number of workers or ranks.
+A corpus is tokenised once into a memory-mapped store that runs and ranks share; a corpus larger than the disk is
+streamed instead, tokenised as it comes and shuffled in windows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
-import torch
-from torch import Tensor
-from torch.utils.data import DataLoader
+import numpy as np
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from spd_lightning.data.batches import Batch, EpochBatches, Rows, collate, plan
+from spd_lightning.data.chat import ChatEncoder, ChatOptions, Sample
+from spd_lightning.data.cleaning import Cleaner, Cleaning, Part, check_sources
+from spd_lightning.data.parallel import chunks
+from spd_lightning.data.progress import progress_bar
+from spd_lightning.data.sources import Source, read
+from spd_lightning.data.store import Encoding, TokenStore, default_folder, open_store
+from spd_lightning.data.tally import Tally
 from spd_lightning.errors import InputError
 from spd_lightning.randomness import Purpose, generator
-from spd_lightning.target.loading import Loading, load_tokenizer
-from spd_lightning.training.chat import ChatEncoder, Sample
+from spd_lightning.target.loading import Loading
 
-Batch = dict[str, Tensor]
-
-
-def embedded_data(name: str) -> Path:
-    """`documentation:train` and `documentation:heldout`: the conversations that ship with the package."""
-    folder = Path(__file__).resolve().parent.parent / "embedded" / "documentation"
-    return folder / f"{name.removeprefix('documentation:')}.jsonl.gz"
+Sources = str | Source | list[str | Source]
 
 
 class SpdDataModule(L.LightningDataModule):
-    """Conversations from JSON lines, tokenised by the target's chat template.
+    """Chat corpora, tokenised by the target's chat template, in packed or padded batches.
 
     Args:
         tokenizer: folder or hub id of the tokenizer; normally the target's.
-        train: JSON-lines file(s) of {"messages": [...]}, gzipped or not; `documentation:train` ships with the package.
-        validation: the same for held-out conversations: teacher-forced metrics, and prompts for real decoding.
-        max_length: tokens; longer conversations are cut.
-        batch_size: conversations per batch and rank.
-        validation_samples: how many held-out conversations the teacher-forced metrics use.
+        train: one or several sources: a file, a directory, a hub id, or a mapping with path, config, split, revision,
+            weight, columns and rows; short form path,split=train_sft,weight=2. documentation:train ships with the
+            package.
+        validation: the same for held-out conversations: teacher-forced metrics, and prompts for real decoding. null:
+            validation_share of the training sources.
+        validation_share: share of the training sources that is held out, by a digest of each conversation's opening.
+        chat: how conversations are rendered.
+        cleaning: what is dropped from the sources, and when there is too much of it.
+        max_length: tokens; longer conversations are cut. Also the length of a packed row.
+        batch_size: rows per batch and rank: conversations, or packed rows of max_length tokens.
+        packing: several conversations per row, without seeing one another; auto: where the target's family can.
+        streaming: read the training sources as training goes, for corpora that no disk holds; needs trainer.max_steps.
+        window: rows of a streamed corpus that are shuffled together.
+        validation_samples: how many held-out samples the teacher-forced metrics use.
         seed: of the sample order.
-        num_workers: processes that build batches.
+        num_workers: processes that tokenise and build batches.
+        cache: folder for tokenised corpora, shared by runs; default: SPD_CACHE, else the user's cache.
     """
 
     def __init__(
         self,
         tokenizer: str = "tiny",
-        train: str | list[str] = "documentation:train",
-        validation: str | list[str] = "documentation:heldout",
+        train: Sources = "documentation:train",
+        validation: Sources | None = "documentation:heldout",
+        validation_share: float = 0.01,
+        chat: ChatOptions = ChatOptions(),  # noqa: B008 (frozen)
+        cleaning: Cleaning = Cleaning(),  # noqa: B008 (frozen)
         max_length: int = 512,
         batch_size: int = 16,
+        packing: bool | Literal["auto"] = "auto",
+        streaming: bool = False,
+        window: int = 4096,
         validation_samples: int = 128,
         seed: int = 0,
         num_workers: int = 0,
+        cache: str | None = None,
     ) -> None:
         super().__init__()
         self.tokenizer_source = tokenizer
         self.loading = Loading()  # a run that takes the target's tokenizer asks for it as for the target
-        self.train_files, self.validation_files = _paths("train", train), _paths("validation", validation)
+        self.train_sources = check_sources("data.train", train)
+        self.validation_sources = None if validation is None else check_sources("data.validation", validation)
+        self.validation_share, self.chat, self.cleaning = validation_share, chat, cleaning
         self.max_length, self.batch_size, self.seed = max_length, batch_size, seed
+        self.packing, self.streaming, self.window = packing, streaming, window
         self.validation_samples, self.num_workers = validation_samples, num_workers
+        self.folder = default_folder() if cache is None else Path(cache).expanduser()
         for name, value, least in (
-            ("max_length", max_length, 1),
+            ("max_length", max_length, 2),
             ("batch_size", batch_size, 1),
+            ("window", window, 1),
             ("validation_samples", validation_samples, 1),  # without any, no validation and no real decoding would run
             ("num_workers", num_workers, 0),
         ):
             if value < least:
                 raise InputError(f"data.{name}={value}: expected at least {least}.")
-        self.train_samples: list[Sample] = []
-        self.validation_set: list[Sample] = []
+        if not 0 < validation_share < 1:
+            raise InputError(f"data.validation_share={validation_share}: expected a number between 0 and 1.")
+        #: Whether rows are packed; a run asks the target's family before it sets up.
+        self.packed = packing is True
+        self.train_samples: TokenStore | None = None
+        self.validation_set: TokenStore | None = None
+
+    def choose_packing(self, refusal: str | None) -> None:
+        """Settle `packing: auto`; `refusal` says why the target cannot take packed rows, None: it can."""
+        if self.packing is True and refusal is not None:
+            raise InputError(f"data.packing=true: {refusal} Set data.packing to auto or false.")
+        self.packed = self.packing is True or (self.packing == "auto" and refusal is None)
 
     def setup(self, stage: str) -> None:
-        if stage == "fit" and not self.train_samples:
-            self.train_samples = load_samples("data.train", self.train_files, self.encoder)
-            self.batches()  # refuses too few conversations before the target is loaded
-        if not self.validation_set:
-            self.validation_set = load_samples("data.validation", self.validation_files, self.encoder)
+        if stage == "fit" and self.train_samples is None and not self.streaming:
+            self.train_samples = self._store("data.train", self.train_encoding)
+            _ = self.batches  # refuses too few conversations before the target is loaded
+        if self.validation_set is None:
+            self.validation_set = self._store("data.validation", self.validation_encoding)
+
+    # -- encodings and stores ----------------------------------------------------------------------------------------
+
+    @property
+    def train_encoding(self) -> Encoding:
+        split = self.validation_sources is None
+        return self._encoding(self.train_sources, "train" if split else "all")
+
+    @property
+    def validation_encoding(self) -> Encoding:
+        if self.validation_sources is not None:
+            return self._encoding(self.validation_sources, "all")
+        if self.streaming:
+            raise InputError(
+                "data.validation=null with data.streaming: holding out a share would read the whole stream first. Set "
+                "data.validation to sources of its own."
+            )
+        return self._encoding(self.train_sources, "heldout")
 
     @property
     def encoder(self) -> ChatEncoder:
-        return ChatEncoder(load_tokenizer(self.tokenizer_source, self.loading), self.max_length)
+        return self.train_encoding.encoder
+
+    def _encoding(self, sources: tuple[Source, ...], part: Part) -> Encoding:
+        cleaner = Cleaner(sources, self.cleaning, part, self.validation_share if part != "all" else 0.0)
+        return Encoding(cleaner, self.tokenizer_source, self.loading, self.chat, self.max_length)
+
+    def _store(self, name: str, encoding: Encoding) -> TokenStore:
+        with progress_bar(f"tokenising {name}") as progress:
+            return open_store(encoding, self.folder, name, self.num_workers, progress)
+
+    # -- batches -----------------------------------------------------------------------------------------------------
+
+    @property
+    def capacity(self) -> int | None:
+        """Tokens of a packed row; None where rows are padded."""
+        return self.max_length if self.packed else None
+
+    @cached_property
+    def batches(self) -> EpochBatches:
+        """This rank's training batches."""
+        assert self.train_samples is not None, "setup has not run"
+        rank, world = self._place
+        weights = np.array([source.weight for source in self.train_sources])[self.train_samples.source_numbers]
+        return EpochBatches(self.train_samples.lengths, self.batch_size, self.seed, self.capacity, weights, rank, world)
+
+    def train_dataloader(self) -> DataLoader[Batch] | StreamedBatches:
+        if self.streaming:
+            if self.trainer is not None and self.trainer.max_steps < 0:
+                raise InputError("data.streaming: the length of an epoch is not known. Set trainer.max_steps.")
+            return StreamedBatches(
+                self.train_encoding, self.batch_size, self.seed, self.capacity, *self._place, self.window,
+                self.num_workers,
+            )  # fmt: skip
+        assert self.train_samples is not None, "setup has not run"
+        return self._loader(self.train_samples, self.batches, self.capacity)
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        assert self.validation_set is not None, "setup has not run"
+        rank, world = self._place
+        count = min(self.validation_samples, len(self.validation_set))
+        if count < world:  # a rank without a batch would skip the validation that the others wait in
+            raise InputError(f"data.validation_samples={count}: expected at least one for each of {world} ranks.")
+        chosen = [[index] for index in range(count)[rank::world]]
+        return self._loader(self.validation_set, list(chunks(chosen, self.batch_size)), None)
 
     def prompts(self, count: int, skip: int = 0) -> list[list[int]]:
         """Held-out prompts for real decoding, up to the first assistant turn. InputError if there are too few."""
-        found = [sample.prompt for sample in self.validation_set if sample.prompt]
+        assert self.validation_set is not None, "setup has not run"
+        found: list[list[int]] = []
+        for sample in self.validation_set:
+            if len(found) == skip + count:
+                break
+            if 0 < len(sample.prompt) < len(sample):
+                found.append(sample.prompt)
         if len(found) < skip + count:
             raise InputError(
                 f"{skip + count} held-out prompts are needed ({skip} of them for validations), but data.validation has "
@@ -93,150 +194,124 @@ class SpdDataModule(L.LightningDataModule):
             )
         return found[skip : skip + count]
 
-    def train_dataloader(self) -> DataLoader[Batch]:
-        return self._loader(self.train_samples, self.batches())
+    @property
+    def _place(self) -> tuple[int, int]:
+        """Rank and number of ranks."""
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
-    def batches(self) -> BucketedBatches:
-        """This rank's training batches."""
-        trainer = self.trainer
-        rank, world = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
-        return BucketedBatches([len(s.ids) for s in self.train_samples], self.batch_size, self.seed, rank, world)
-
-    def val_dataloader(self) -> DataLoader[Batch]:
-        trainer = self.trainer
-        rank, world = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
-        count = min(self.validation_samples, len(self.validation_set))
-        if count < world:  # a rank without a batch would skip the validation that the others wait in
-            raise InputError(f"data.validation_samples={count}: expected at least one for each of {world} ranks.")
-        chosen = range(count)[rank::world]
-        batches = [list(chosen[i : i + self.batch_size]) for i in range(0, len(chosen), self.batch_size)]
-        return self._loader(self.validation_set, batches)
-
-    def _loader(self, samples: list[Sample], batches: Any) -> DataLoader[Batch]:
+    def _loader(self, samples: TokenStore, batches: Any, capacity: int | None) -> DataLoader[Batch]:
         return DataLoader(
-            samples,  # type: ignore[arg-type]
+            _Rows(samples),  # type: ignore[arg-type]
             batch_sampler=batches,
-            collate_fn=collate,
+            collate_fn=_Collate(capacity),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
         )
 
 
-def collate(samples: Sequence[Sample]) -> Batch:
-    """Pad on the right, where causality hides it: input_ids, labelled, turn_starts [B, S]; sample_ids, lengths [B]."""
-    length = max(len(sample.ids) for sample in samples)
-    batch = {
-        "input_ids": torch.zeros(len(samples), length, dtype=torch.long),
-        "labelled": torch.zeros(len(samples), length, dtype=torch.bool),
-        "turn_starts": torch.zeros(len(samples), length, dtype=torch.bool),
-        "sample_ids": torch.tensor([sample.index for sample in samples]),
-        "lengths": torch.tensor([len(sample.ids) for sample in samples]),
-    }
-    for row, sample in enumerate(samples):
-        batch["input_ids"][row, : len(sample.ids)] = torch.tensor(sample.ids)
-        batch["labelled"][row, : len(sample.ids)] = torch.tensor(sample.labelled)
-        batch["turn_starts"][row, list(sample.turn_starts)] = True
-    return batch
+class _Rows:
+    """What a loader reads of a store: the samples of one row."""
+
+    def __init__(self, samples: TokenStore) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, row: Sequence[int]) -> list[Sample]:
+        return [self.samples[index] for index in row]
 
 
-def supervised_positions(batch: Batch) -> Tensor:
-    """[B, S] bool: t is supervised iff x_{t+1} is labelled and not the first token of its turn (never drafted)."""
-    drafted = batch["labelled"] & ~batch["turn_starts"]
-    return torch.cat([drafted[:, 1:], torch.zeros_like(drafted[:, :1])], dim=1)
+class _Collate:
+    def __init__(self, length: int | None) -> None:
+        self.length = length
+
+    def __call__(self, rows: Sequence[Sequence[Sample]]) -> Batch:
+        return collate(rows, self.length)
 
 
-@dataclass
-class BucketedBatches:
-    """Batches of similar length in an order that depends on (seed, epoch) alone; ranks take turns.
+# -- streaming -------------------------------------------------------------------------------------------------------
 
-    Samples are shuffled, cut into pools of `pool` batches, sorted by length within a pool, and the batches shuffled.
-    Every rank gets the same number of batches; the last incomplete round is left out of the epoch.
+
+class _Windows(IterableDataset[Any]):
+    """Windows of a stream, tokenised. Workers take turns, so that the loader hands them out in the stream's order."""
+
+    def __init__(self, encoding: Encoding, window: int, seed: int) -> None:
+        self.encoding, self.window, self.seed = encoding, window, seed
+
+    def __iter__(self) -> Iterator[tuple[list[Sample], Tally]]:
+        info = get_worker_info()
+        mine, workers = (0, 1) if info is None else (info.id, info.num_workers)
+        rows = read(self.encoding.cleaner.sources, streaming=True, seed=self.seed)
+        for number, window in enumerate(chunks(rows, self.window)):
+            if number % workers != mine:
+                continue
+            made, tally = self.encoding(window)
+            weights = [self.encoding.cleaner.sources[row.source].weight for row, _ in made]
+            random = generator(self.seed, Purpose.MIX, number, 1)
+            times = [int(w) + bool(random.random() < w % 1) for w in weights]
+            listed = [s for (_, samples), n in zip(made, times, strict=True) for s in samples * n]
+            yield [replace(sample, index=(number << 24) + place) for place, sample in enumerate(listed)], tally
+
+
+class StreamedBatches:
+    """This rank's batches of a streamed corpus: the same in the same order for any number of workers, and, dealt out
+    in turn, of ranks. What does not fill a batch at the end of a window goes on into the next one.
+
+    Args:
+        encoding: the corpus, and how it is tokenised. Every rank reads and tokenises all of it.
+        batch_size, seed, capacity, rank, world_size: as in `EpochBatches`.
+        window: rows that are shuffled together.
+        num_workers: processes that tokenise.
     """
 
-    lengths: Sequence[int]
-    batch_size: int
-    seed: int
-    rank: int = 0
-    world_size: int = 1
-    pool: int = 32
-    epoch: int = 0
-
-    def __post_init__(self) -> None:
-        if not len(self):
-            raise InputError(
-                f"data.train has {len(self.lengths)} conversations, fewer than one batch of data.batch_size="
-                f"{self.batch_size} for each of {self.world_size} ranks."
-            )
+    def __init__(
+        self,
+        encoding: Encoding,
+        batch_size: int,
+        seed: int,
+        capacity: int | None,
+        rank: int,
+        world_size: int,
+        window: int,
+        num_workers: int,
+    ) -> None:
+        self.encoding, self.batch_size, self.seed, self.capacity = encoding, batch_size, seed, capacity
+        self.rank, self.world_size, self.window, self.num_workers = rank, world_size, window, num_workers
+        self.epoch = 0
+        self.tally = Tally()
 
     @property
-    def sampler(self) -> BucketedBatches:
-        """Lightning announces the epoch to `batch_sampler.sampler.set_epoch`."""
+    def sampler(self) -> StreamedBatches:
+        """Lightning announces the epoch to `loader.sampler.set_epoch`."""
         return self
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
-    def __len__(self) -> int:
-        return len(self.lengths) // (self.batch_size * self.world_size)
+    def __iter__(self) -> Iterator[Batch]:
+        round_: list[list[list[Sample]]] = []  # batches that the ranks take at the same time
+        for samples, rows in self._planned():
+            for batch in rows:
+                round_.append([[samples[i] for i in row] for row in batch])
+                if len(round_) == self.world_size:
+                    yield collate(round_[self.rank], self.capacity)
+                    round_ = []
 
-    def __iter__(self) -> Iterator[list[int]]:
-        random = generator(self.seed, Purpose.ORDER, self.epoch)
-        order = random.permutation(len(self.lengths)).tolist()
-        batches = []
-        size = self.pool * self.batch_size
-        for start in range(0, len(order), size):
-            pool = sorted(order[start : start + size], key=lambda index: self.lengths[index])
-            batches += [pool[i : i + self.batch_size] for i in range(0, len(pool), self.batch_size)]
-        full = [batch for batch in batches if len(batch) == self.batch_size]
-        shuffled = [full[i] for i in random.permutation(len(full))][: len(self) * self.world_size]
-        return iter(shuffled[self.rank :: self.world_size])
-
-
-def load_samples(field: str, files: Sequence[Path], encoder: ChatEncoder) -> list[Sample]:
-    """All conversations with at least one labelled token; InputError for an unreadable or empty source."""
-    from datasets import load_dataset
-    from datasets.utils.logging import CRITICAL, disable_progress_bar, set_verbosity
-    from rich.progress import track
-
-    disable_progress_bar()
-    set_verbosity(CRITICAL)  # it logs what it raises, too
-    names = [str(file) for file in files]
-    for file in files:
-        if not file.is_file():
-            raise InputError(f"{field}={str(file)!r} does not exist: expected a JSON-lines file.")
-        if file.stat().st_size == 0:
-            raise InputError(f"{field}={str(file)!r} is empty: expected one conversation per line.")
-    try:
-        rows = load_dataset("json", data_files=names, split="train")
-    except Exception as error:  # datasets wraps pyarrow's errors in classes of its own
-        cause = error.__cause__ or error
-        raise InputError(f"{field}={names} cannot be read as JSON lines: {_first_line(cause)}") from error
-    if "messages" not in rows.column_names:
-        raise InputError(f'{field}: expected lines {{"messages": [...]}}, found the fields {rows.column_names}.')
-    samples = []
-    for index, messages in enumerate(track(rows["messages"], f"tokenising {field}", transient=True)):
-        try:
-            sample = encoder(messages, index)
-        except InputError:
-            raise
-        except Exception as error:  # a template raises whatever jinja2 and Python raise
-            raise InputError(
-                f"{field}={names}: conversation {index} (from 0) cannot be rendered by the chat template: "
-                f"{_first_line(error)}"
-            ) from error
-        if any(sample.labelled):
-            samples.append(sample)
-    if not samples:
-        raise InputError(f"{field}: none of {len(rows)} conversations has an assistant token within data.max_length.")
-    return samples
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _paths(field: str, given: str | list[str]) -> list[Path]:
-    names = [given] if isinstance(given, str) else list(given)
-    if not names:
-        raise InputError(f"data.{field} is empty: expected a JSON-lines file.")
-    return [embedded_data(name) if name.startswith("documentation:") else Path(name) for name in names]
+    def _planned(self) -> Iterator[tuple[list[Sample], list[Rows]]]:
+        self.tally = Tally()
+        flag, most = "data.cleaning.max_bad_share", self.encoding.cleaner.cleaning.max_bad_share
+        rest: list[Sample] = []
+        windows = DataLoader(
+            _Windows(self.encoding, self.window, self.seed), batch_size=None, num_workers=self.num_workers
+        )
+        for number, (samples, tally) in enumerate(windows):
+            self.tally.add(tally)
+            self.tally.check("data.train", most, flag, over=False)
+            samples = rest + samples
+            lengths = np.array([len(sample) for sample in samples], np.int64)
+            random = generator(self.seed, Purpose.ORDER, self.epoch, number)
+            batches, left = plan(lengths, random.permutation(len(samples)), self.batch_size, self.capacity, random)
+            yield samples, batches
+            rest = [samples[i] for i in left]
+        self.tally.check("data.train", most, flag)

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
+from spd_lightning.data.batches import Batch, is_packed, position_ids, supervised_positions
 from spd_lightning.errors import InputError
 from spd_lightning.head.config import HeadConfig
 from spd_lightning.head.layout import StaircaseLayout
@@ -19,9 +20,9 @@ from spd_lightning.head.vocabulary import read_draft_vocabulary
 from spd_lightning.randomness import Purpose, generator
 from spd_lightning.staircase import Staircase, default_anchors, empty_stages, resolve_stage_layers
 from spd_lightning.target.balance import measured_split
+from spd_lightning.target.families import packing_refusal
 from spd_lightning.target.loading import Loading, check_target, load_target
 from spd_lightning.target.target import Target
-from spd_lightning.training.data import Batch, supervised_positions
 from spd_lightning.training.losses import chunked_draft_kl
 from spd_lightning.training.metrics import DraftStatistics, by_fill
 
@@ -112,6 +113,12 @@ class SpdModule(L.LightningModule):
         self.head: SpeculationHead | None = None
 
     # -- building ------------------------------------------------------------------------------------------------
+
+    def packing_refusal(self) -> str | None:
+        """Why the target cannot take packed rows; None where it can."""
+        config = check_target(self.settings.target, loading=self.loading, named="model.loading.{}".format)
+        kernel = self.loading.attention
+        return packing_refusal(config.get_text_config(), None if kernel == "auto" else kernel)
 
     def check(self) -> Staircase:
         """Everything that can be refused without reading a weight; returns the staircase the run will have.
@@ -213,7 +220,10 @@ class SpdModule(L.LightningModule):
                 f"the loss became {loss.item()} in step {self.global_step} (samples {batch['sample_ids'].tolist()}). "
                 f"Lower model.learning_rate (now {self.settings.learning_rate}) or trainer.gradient_clip_val."
             )
-        self.tokens_seen += int(batch["lengths"].sum()) * self.trainer.world_size
+        tokens = int(batch["lengths"].sum())
+        self.tokens_seen += tokens * self.trainer.world_size
+        self.log("train/filled", tokens / batch["input_ids"].numel())  # the rest of a batch is padding
+        self.log("train/labelled", float(batch["labelled"].sum()) / tokens)
         self.log("train/loss", loss, prog_bar=True)
         self.log("tokens", float(self.tokens_seen))
         if due:
@@ -251,10 +261,13 @@ class SpdModule(L.LightningModule):
     def loss(self, batch: Batch, epoch: int, statistics: bool) -> tuple[Tensor, Tensor]:
         """Mean loss over supervised positions and the statistics table of a batch."""
         target, head = self.parts()
-        states, last = target(batch["input_ids"], head.config.anchors)
-        layout = StaircaseLayout(head.staircase, self.entry_cycles(batch, epoch))
+        documents = positions = None
+        if is_packed(batch):  # causality alone hides padding, not another document
+            documents, positions = batch["documents"], position_ids(batch)
+        states, last = target(batch["input_ids"], head.config.anchors, positions, documents)
+        layout = StaircaseLayout(head.staircase, self.entry_cycles(batch, epoch), documents)
         select = supervised_positions(batch)
-        hidden = head([state.to(head.dtype) for state in states], layout, select=select)
+        hidden = head([state.to(head.dtype) for state in states], layout, positions, select)
         total, table = chunked_draft_kl(
             hidden=head.norm(hidden),
             lm_head=head.lm_head.weight,
@@ -276,13 +289,12 @@ class SpdModule(L.LightningModule):
         """
         _, head = self.parts()
         starts = batch["turn_starts"]
-        length = starts.shape[1]
-        draws = torch.stack(
-            [
-                torch.from_numpy(generator(self.settings.seed, Purpose.RESTART, epoch, sample).random(length))
-                for sample in batch["sample_ids"].tolist()
-            ]
-        ).to(starts.device)
+        draws = torch.ones(starts.numel(), dtype=torch.float64)  # padding restarts nowhere
+        places = zip(batch["sample_ids"].tolist(), batch["starts"].tolist(), batch["lengths"].tolist(), strict=True)
+        for sample, at, length in places:
+            random = generator(self.settings.seed, Purpose.RESTART, epoch, sample).random(length)
+            draws[at : at + length] = torch.from_numpy(random)
+        draws = draws.view_as(starts).to(starts.device)
         restart = starts | (draws < self.settings.restart_rate)
         return torch.where(restart, head.staircase.num_stages, 1).cumsum(1)
 

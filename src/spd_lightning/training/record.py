@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -86,17 +85,18 @@ def _first_free(wanted: Path) -> Path:
 
 
 def fingerprint(data: SpdDataModule) -> dict[str, Any]:
-    """Digest and size of what the run learns from and is tested on, after tokenisation."""
+    """What the run learns from and is tested on: size, and the fingerprint that names its tokens."""
     result = {}
-    for name, samples in (("train", data.train_samples), ("validation", data.validation_set)):
-        digest = hashlib.sha256()
-        for sample in samples:
-            digest.update(repr((sample.ids, sample.turn_starts)).encode())
+    for name, store in (("train", data.train_samples), ("validation", data.validation_set)):
+        if store is None:  # streamed
+            continue
+        figures = store.manifest
         result[name] = {
-            "conversations": len(samples),
-            "tokens": sum(len(s.ids) for s in samples),
-            "labelled_share": round(sum(map(sum, (s.labelled for s in samples))) / sum(len(s.ids) for s in samples), 4),
-            "sha256": digest.hexdigest(),
+            "samples": figures["samples"],
+            "tokens": figures["tokens"],
+            "labelled_share": round(figures["labels"] / figures["tokens"], 4),
+            "fingerprint": store.path.name,
+            "rows": figures["tally"],
         }
     return result
 

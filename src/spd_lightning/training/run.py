@@ -126,7 +126,9 @@ def _prepare(cli: Any) -> Staircase:
     if path is not None and Path(path).is_file() and module.settings.stage_layers == "auto":
         # what was measured then holds: another clock today must not ask for another head
         module.stage_layers = checkpoint_head_config(Path(path)).stage_layers
-    return module.check()
+    staircase = module.check()
+    data.choose_packing(module.packing_refusal())
+    return staircase
 
 
 # -- pieces of fit -----------------------------------------------------------------------------------------------------
@@ -165,7 +167,8 @@ def _check_data(
 ) -> None:
     """Refuse before anything is loaded: foreign tokens, and held-out prompts that are too few or too long to decode."""
     config = check_target(module.settings.target, loading=module.loading).get_text_config()
-    largest = max(max(sample.ids) for sample in (*data.train_samples, *data.validation_set))
+    stores = [store for store in (data.train_samples, data.validation_set) if store is not None]
+    largest = max(store.manifest["largest_token"] for store in stores)
     if largest >= config.vocab_size:
         raise InputError(
             f"data.tokenizer={data.tokenizer_source!r} makes token {largest}, but the target's vocabulary has "

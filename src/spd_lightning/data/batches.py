@@ -1,0 +1,234 @@
+"""Batches: which samples share a row, which rows a batch, in which order; all of it from (seed, epoch) alone.
+
+A row holds one sample, or, packed, several that never see one another: `documents` numbers them, positions restart.
+Packing fills rows of a fixed length, best fit first; without it samples of similar length share a batch and are padded.
+
+Shapes: B rows, S positions, D documents of a batch.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from spd_lightning.data.chat import Sample
+from spd_lightning.errors import InputError
+from spd_lightning.randomness import Purpose, generator
+
+Batch = dict[str, Tensor]
+Rows = list[list[int]]  # samples of each row
+
+#: Samples that are packed together: enough to fill rows to a percent, few enough to stay random.
+PACK_POOL = 2048
+
+
+def collate(rows: Sequence[Sequence[Sample]], length: int | None = None) -> Batch:
+    """Rows of samples as tensors, padded on the right.
+
+    Args:
+        rows: the samples of each row.
+        length: S; the longest row where None.
+
+    Returns:
+        input_ids, labelled, turn_starts, documents [B, S] (documents count from 0 within a row, padding has a number
+        of its own); sample_ids, starts, lengths [D], starts counted over the flattened [B S].
+    """
+    sizes = [sum(map(len, row)) for row in rows]
+    length = max(sizes) if length is None else length
+    shape = (len(rows), length)
+    ids, documents = np.zeros(shape, np.int64), np.full(shape, -1, np.int64)
+    labelled, turn_starts = np.zeros(shape, bool), np.zeros(shape, bool)
+    starts = []
+    for number, row in enumerate(rows):
+        at = 0
+        for document, sample in enumerate(row):
+            where = slice(at, at + len(sample))
+            ids[number, where], documents[number, where] = sample.ids, document
+            for start, stop in sample.turns:
+                labelled[number, at + start : at + stop] = True
+                turn_starts[number, at + start] = True
+            starts.append(number * length + at)
+            at += len(sample)
+    samples = [sample for row in rows for sample in row]
+    return {
+        "input_ids": torch.from_numpy(ids),
+        "labelled": torch.from_numpy(labelled),
+        "turn_starts": torch.from_numpy(turn_starts),
+        "documents": torch.from_numpy(documents),
+        "sample_ids": torch.tensor([sample.index for sample in samples]),
+        "starts": torch.tensor(starts),
+        "lengths": torch.tensor([len(sample) for sample in samples]),
+    }
+
+
+def supervised_positions(batch: Batch) -> Tensor:
+    """[B, S] bool: t is supervised iff x_{t+1} is labelled, of the same document, and not the first of its turn."""
+    drafted = batch["labelled"] & ~batch["turn_starts"]
+    following = torch.cat([drafted[:, 1:], torch.zeros_like(drafted[:, :1])], dim=1)
+    documents = batch["documents"]
+    same = torch.cat([documents[:, 1:] == documents[:, :-1], torch.zeros_like(drafted[:, :1])], dim=1)
+    return following & same
+
+
+def is_packed(batch: Batch) -> bool:
+    """Whether any row holds more than one document."""
+    return len(batch["lengths"]) > len(batch["input_ids"])
+
+
+def position_ids(batch: Batch) -> Tensor:
+    """[B, S]: positions from 0 in every document; in padding they go on."""
+    documents = batch["documents"]
+    first = torch.ones_like(documents, dtype=torch.bool)
+    first[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    count = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
+    return count - torch.where(first, count, 0).cummax(1).values
+
+
+def pack(lengths: np.ndarray, capacity: int) -> Rows:
+    """Rows of at most `capacity` tokens, best fit of the longest first; numbers are those of `lengths`.
+
+    Raises:
+        InputError: a sample longer than a row.
+    """
+    if len(lengths) and lengths.max() > capacity:
+        raise InputError(f"a sample of {lengths.max()} tokens exceeds a packed row of {capacity} (data.max_length).")
+    rows: Rows = []
+    with_space: dict[int, list[int]] = {}  # free tokens -> rows
+    spaces: list[int] = []  # the keys of with_space, ascending
+    for number in np.argsort(-lengths, kind="stable").tolist():
+        need = int(lengths[number])
+        at = bisect_left(spaces, need)
+        if at == len(spaces):
+            row, space = len(rows), capacity
+            rows.append([])
+        else:
+            space = spaces[at]
+            row = with_space[space].pop()
+            if not with_space[space]:
+                del with_space[space], spaces[at]
+        rows[row].append(number)
+        if left := space - need:
+            if left not in with_space:
+                with_space[left] = []
+                insort(spaces, left)
+            with_space[left].append(row)
+    return rows
+
+
+def plan(
+    lengths: np.ndarray,
+    order: np.ndarray,
+    batch_size: int,
+    capacity: int | None,
+    random: np.random.Generator,
+    pool: int = 32,
+) -> tuple[list[Rows], list[int]]:
+    """Full batches of `batch_size` rows, in random order, and the samples that are left.
+
+    Args:
+        lengths: tokens of every sample.
+        order: the samples to use, in random order; one may come more than once.
+        batch_size: rows per batch.
+        capacity: tokens of a packed row; None: one sample per row, similar lengths together.
+        random: shuffles the batches.
+        pool: batches' worth of samples among which lengths are matched.
+    """
+    size = pool * batch_size if capacity is None else max(PACK_POOL, pool * batch_size)
+    batches: list[Rows] = []
+    rows: Rows = []
+    for start in range(0, len(order), size):
+        part = order[start : start + size]
+        if capacity is None:
+            rows += [[i] for i in part[np.argsort(lengths[part], kind="stable")].tolist()]
+        else:
+            packed = pack(lengths[part], capacity)
+            rows += [part[packed[i]].tolist() for i in random.permutation(len(packed)).tolist()]
+        whole = len(rows) // batch_size * batch_size
+        batches += [rows[at : at + batch_size] for at in range(0, whole, batch_size)]
+        rows = rows[whole:]
+    shuffled = [batches[i] for i in random.permutation(len(batches)).tolist()]
+    return shuffled, [sample for row in rows for sample in row]
+
+
+def epoch_order(weights: np.ndarray, random: np.random.Generator, draws: np.random.Generator) -> np.ndarray:
+    """Samples in random order; one of weight w comes floor(w) or ceil(w) times, w on average over the draws."""
+    times = np.floor(weights).astype(np.int64) + (draws.random(len(weights)) < weights % 1)
+    return np.repeat(np.arange(len(weights)), times)[random.permutation(int(times.sum()))]
+
+
+@dataclass
+class EpochBatches:
+    """This rank's batches of an epoch: lists of rows, each a list of samples; ranks take turns in one common order.
+
+    Every rank and every epoch has the same number of batches (an epoch that packs into fewer shows its first ones
+    again, one that packs into more leaves some out); the last incomplete round is left out.
+
+    Args:
+        lengths: tokens of every sample.
+        batch_size: rows per batch.
+        seed: of the order.
+        capacity: tokens of a packed row; None: padded rows.
+        weights: mean number of times that each sample comes per epoch; None: once.
+        rank, world_size: of the data-parallel processes.
+        pool: see `plan`.
+    """
+
+    lengths: np.ndarray
+    batch_size: int
+    seed: int
+    capacity: int | None = None
+    weights: np.ndarray | None = None
+    rank: int = 0
+    world_size: int = 1
+    pool: int = 32
+    epoch: int = 0
+
+    def __post_init__(self) -> None:
+        self.lengths = np.asarray(self.lengths)
+        self._batches, self._planned = self._plan(0), 0
+        self._rounds = len(self._batches) // self.world_size
+        if not self._rounds:
+            rows = "conversations" if self.capacity is None else f"tokens, in rows of {self.capacity}"
+            found = len(self.lengths) if self.capacity is None else int(self.lengths.sum())
+            raise InputError(
+                f"data.train has {found} {rows}, fewer than one batch of data.batch_size={self.batch_size} for each "
+                f"of {self.world_size} ranks."
+            )
+
+    @property
+    def sampler(self) -> EpochBatches:
+        """Lightning announces the epoch to `batch_sampler.sampler.set_epoch`."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self._rounds
+
+    def __iter__(self) -> Iterator[Rows]:
+        if self._planned != self.epoch:
+            self._batches, self._planned = self._plan(self.epoch), self.epoch
+        for number in range(self._rounds):
+            yield self._batches[(number * self.world_size + self.rank) % len(self._batches)]
+
+    @property
+    def efficiency(self) -> float:
+        """Share of the positions of this epoch's batches that hold a token."""
+        held = positions = 0
+        for batch in self._batches:
+            sizes = [int(self.lengths[row].sum()) for row in batch]
+            held += sum(sizes)
+            positions += len(batch) * (max(sizes) if self.capacity is None else self.capacity)
+        return held / positions if positions else 0.0
+
+    def _plan(self, epoch: int) -> list[Rows]:
+        random = generator(self.seed, Purpose.ORDER, epoch)
+        weights = np.ones(len(self.lengths)) if self.weights is None else self.weights
+        order = epoch_order(weights, random, generator(self.seed, Purpose.MIX, epoch))
+        return plan(self.lengths, order, self.batch_size, self.capacity, random, self.pool)[0]
