@@ -204,12 +204,13 @@ TEMPLATE = (
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Conversations of one round, as many as the largest accumulation of a recipe needs."""
+    """Conversations of one round, as many packed rows as the largest accumulation of a recipe needs."""
     path = tmp_path_factory.mktemp("data") / "chats.jsonl"
     rows = [
-        [{"role": "user", "content": f"{a} b {c}"}, {"role": "assistant", "content": f"{c} d {a} e {c} f {a}"}]
+        [{"role": "user", "content": f"{a} {b} {c}"}, {"role": "assistant", "content": f"{c} d {a} e {c} f {a}"}]
         for a in "ghijklm"
         for c in "nopqrst"
+        for b in "uvw"
     ]
     path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
     return path
@@ -255,6 +256,7 @@ def test_a_recipe_trains_validates_by_decoding_and_leaves_a_head_of_its_familys_
     fields: dict[str, Any] = {
         "run_dir": tmp_path / "run", "model.target": model_folder(family), "model.loading.dtype": "float32",
         "data.train": data, "data.validation": data, "data.batch_size": 1, "data.validation_samples": 4,
+        "data.max_length": 32, "data.cleaning.decontaminate": "[]",
         "data.num_workers": 0, "decoding.prompts": 2, "decoding.max_new_tokens": 6,
         "final.prompts": 2 if name == WITH_FINAL_DECODING else 0, "final.max_new_tokens": 6,
         "trainer.accelerator": "cpu", "trainer.devices": 1, "trainer.strategy": "auto",

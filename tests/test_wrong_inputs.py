@@ -547,7 +547,8 @@ def test_fit_refuses_data_that_it_cannot_use_before_weights_are_read(
     empty.write_text("")
     cut.write_text(data.read_text()[:-20])
     complaint(fit(data__train=empty), capsys, f"data.train='{empty}'", "is empty")
-    complaint(fit(data__validation=cut), capsys, "data.validation: 1 of 10 rows are bad", f"{cut}:10: truncated last line")
+    says = ("data.validation: 1 of 10 rows are bad", f"{cut}:10: truncated last line")
+    complaint(fit(data__validation=cut), capsys, *says)
 
 
 @pytest.mark.usefixtures("no_weights")

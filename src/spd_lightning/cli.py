@@ -34,8 +34,8 @@ class Command:
 COMMANDS = (
     Command("fit", "Main job", "train a speculation head for a frozen target", "fit:fit"),
     Command("validate", "Main job", "measure a head: loss, and acceptance in real decoding", "fit:validate"),
-    Command("data", "Data", "prepare, preview and regenerate conversations, count a draft vocabulary", "data:run"),
     Command("generate", "Main job", "decode with a head and see which tokens were drafts", "generate:run"),
+    Command("data", "Data", "prepare, preview and regenerate conversations, count a draft vocabulary", "data:run"),
 )
 
 _ABOUT = """\

@@ -285,8 +285,17 @@ def test_a_turn_whose_first_token_would_reach_into_the_prompt_is_tokenised_as_at
     )
     encoder = ChatEncoder(make_tokenizer(template), 100)
     apart, later = encoder(round_of("a", "he") + round_of("d", "x"))
-    assert [text_of(encoder, [token]) for token in apart.ids] == ["<|user|>", "a", END, "<|assistant|>", "t", "he", END]
-    assert apart.turns == ((5, 7),)
+    assert [text_of(encoder, [token]) for token in apart.ids] == [
+        "<|user|>",
+        "a",
+        END,
+        "<|assistant|>",
+        "t",
+        "h",
+        "e",
+        END,
+    ]
+    assert apart.turns == ((5, 8),)
     # in the prompt of the next answer the older one is one text with its header, as at inference
     assert [text_of(encoder, [token]) for token in later.ids[:6]] == ["<|user|>", "a", END, "<|assistant|>", "the", END]
     assert [text_of(encoder, turn) for turn in turns(later)] == ["x" + END]
@@ -296,7 +305,7 @@ def test_the_tokens_of_a_prompt_are_its_own_even_where_no_token_crosses_its_end(
     make_tokenizer: Callable[..., Any],
 ) -> None:
     # GPT-2's pattern takes two newlines as one piece at the end of a text, and as two pieces before a letter
-    template = "{% for m in messages %}{{ m['content'] }}{% if not loop.last or add_generation_prompt %}\n\n{% endif %}"
+    template = "{% for m in messages %}{{ m['content'] ~ ('\n\n' if not loop.last or add_generation_prompt) }}"
     tokenizer = make_tokenizer(template + "{% endfor %}")
     tokenizer.backend_tokenizer.model = _with_double_newline(tokenizer)
     sample = only(ChatEncoder(tokenizer, 100)(round_of("a", "b")))

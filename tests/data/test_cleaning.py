@@ -10,7 +10,8 @@ import pytest
 
 from spd_lightning.data.cleaning import Cleaner, Cleaning
 from spd_lightning.data.conversations import Conversation
-from spd_lightning.data.sources import Row, Source
+from spd_lightning.data.reading import Row
+from spd_lightning.data.sources import Source
 from spd_lightning.data.tally import ENOUGH, Bad, Tally
 from spd_lightning.errors import InputError
 

@@ -17,7 +17,8 @@ import pytest
 from spd_lightning import cli
 from spd_lightning.data.cleaning import Cleaning
 from spd_lightning.data.prepare import Preparation, prepare
-from spd_lightning.data.sources import Source, read
+from spd_lightning.data.reading import read
+from spd_lightning.data.sources import Source
 from spd_lightning.errors import InputError
 
 Conversations = Callable[..., list[list[dict[str, str]]]]
@@ -51,7 +52,8 @@ def test_every_usable_conversation_is_written_once_on_its_side(corpus: Path, tmp
     messages = {json.dumps(row["messages"]) for row in train + heldout}
     assert messages == {json.dumps(row["messages"]) for row in lines_of(corpus)}
     questions = [
-        {next(m["content"] for m in row["messages"] if m["role"] == "user") for row in side} for side in (train, heldout)
+        {next(m["content"] for m in row["messages"] if m["role"] == "user") for row in side}
+        for side in (train, heldout)
     ]
     assert not questions[0] & questions[1], "what opens alike stands on one side"
     tally = manifest["tally"]
@@ -99,7 +101,7 @@ def test_a_limit_reads_that_many_rows(corpus: Path, tmp_path: Path) -> None:
 
 def test_too_many_bad_rows_leave_nothing_behind(corpus: Path, tmp_path: Path) -> None:
     strict = Preparation((Source(str(corpus)),), Cleaning(max_bad_share=0.01))
-    with pytest.raises(InputError, match=r"20 of 670 rows are bad.*--max-bad-share.*chats\.jsonl:651"):
+    with pytest.raises(InputError, match=r"20 of 670 rows are bad.*max_bad_share.*chats\.jsonl:651"):
         prepare(strict, tmp_path / "out")
     assert names(tmp_path / "out") == []
 
@@ -131,8 +133,8 @@ def test_a_preparation_that_is_killed_leaves_no_file_under_its_name_and_can_be_r
         (["CORPUS", "--out", "o", "--heldout-share", "1"], "--heldout-share 1.0: expected"),
         (["CORPUS", "--out", "o", "--limit", "0"], "--limit 0: expected"),
         (["CORPUS", "--out", "o", "--workers", "-1"], "--workers -1: expected"),
-        (["CORPUS", "--out", "o", "--ngram", "1"], "ngram=1: expected"),
-        (["CORPUS", "--out", "o", "--decontaminate", "none.jsonl"], "decontaminate='none.jsonl' does not exist"),
+        (["CORPUS", "--out", "o", "--ngram", "1"], "--ngram=1: expected"),
+        (["CORPUS", "--out", "o", "--decontaminate", "none.jsonl"], "--decontaminate='none.jsonl' does not exist"),
         (["CORPUS", "--out", "o", "--tool", "keep"], "--tool. Did you mean --tools?"),
         (["CORPUS"], "--out"),
         ([], "SOURCE"),

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from spd_lightning.data import sources as module
-from spd_lightning.data.sources import Source, parse_sources, read
+from spd_lightning.data import reading as module
+from spd_lightning.data.reading import read
+from spd_lightning.data.sources import Source, parse_sources
 from spd_lightning.data.tally import Bad
 from spd_lightning.errors import InputError
 
@@ -180,9 +181,9 @@ def test_files_that_cannot_be_read_end_with_one_line_that_names_them(tmp_path: P
 
 
 def test_the_short_form_names_every_field() -> None:
-    text = "org/set,config=all,split=train_sft,revision=abc,weight=2.5,rows=100,prompt=question,response=answer"
+    text = "org/set,config=all,split=train_sft,revision=abc,files=*.json,weight=2.5,rows=100,prompt=question,response=a"
     assert Source.parse(text) == Source(
-        "org/set", "all", "train_sft", "abc", 2.5, {"prompt": "question", "response": "answer"}, 100
+        "org/set", "all", "train_sft", "abc", "*.json", 2.5, {"prompt": "question", "response": "a"}, 100
     )
     assert Source.parse("org/set") == Source("org/set") and not Source("org/set").is_local
 

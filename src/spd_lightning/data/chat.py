@@ -58,9 +58,11 @@ class ChatOptions:
         try:
             date.fromisoformat(self.date)
         except ValueError as error:
-            raise InputError(f"chat.date={self.date!r}: expected a date such as 2025-01-01.") from error
+            raise InputError(f"data.chat.date={self.date!r}: expected a date such as 2025-01-01.") from error
         if self.template is not None and not Path(self.template).is_file():
-            raise InputError(f"chat.template={self.template!r} does not exist: expected a file with a Jinja template.")
+            raise InputError(
+                f"data.chat.template={self.template!r} does not exist: expected a file with a Jinja template."
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -271,7 +273,7 @@ class ChatEncoder:
         ]
 
     def _split(self, text: _Text, ids: np.ndarray, offsets: np.ndarray) -> list[Sample]:
-        """A sample of the turns that can stand in one, after one for each turn that must stand apart."""
+        """One sample for the turns that can share it, and one for each turn that must stand apart."""
         apart, turns = [], []
         for start, stop in text.spans:
             # offsets may run backwards where one character is several tokens, but starts never do
@@ -280,9 +282,12 @@ class ChatEncoder:
             if ids[anchor:first].tolist() == asked and (last == 0 or offsets[last - 1, 1] <= stop):
                 turns.append((first, self._end(ids, offsets, text.text, first, last)))
             else:
-                apart.append(self._apart(text.text[:stop], start))
-        together = tuple((first, last) for first, last in turns if last > first)
-        return [*apart, Sample(0, ids, together)] if together else apart
+                upto = text.text[:stop]
+                encoded = (ids, offsets) if upto == text.text else self._tokenise([upto])[0]
+                apart.append(self._apart(upto, start, *encoded))
+        if together := tuple((first, last) for first, last in turns if last > first):
+            apart.append(Sample(0, ids[: together[-1][1]] if apart else ids, together))
+        return sorted(apart, key=lambda sample: sample.turns)
 
     def _asked(self, prompt: str, ids: np.ndarray, offsets: np.ndarray, first: int) -> tuple[int, list[int]]:
         """The position of the last added token of a prompt of about `first` tokens, and the ids from there on.
@@ -300,17 +305,16 @@ class ChatEncoder:
             self._known[tail] = self.tokenizer(tail, add_special_tokens=False, verbose=False)["input_ids"]
         return anchor, self._known[tail]
 
-    def _apart(self, text: str, start: int) -> Sample:
+    def _apart(self, text: str, start: int, ids: np.ndarray, offsets: np.ndarray) -> Sample:
         """The sample of a text that ends with a turn, prompt and answer tokenised by themselves."""
-        (ids, offsets), (answer, places) = self._tokenise([text, text[start:]])
         anchor, asked = self._asked(text[:start], ids, offsets, int(np.searchsorted(offsets[:, 0], start)))
-        prompt = np.array([*ids[:anchor].tolist(), *asked], np.int32)
-        joined = np.concatenate([prompt, answer])
-        if self._decode(joined) != self._decode(ids):  # some tokenizers begin every text with a blank
+        answer, places = self._tokenise([text[start:]])[0]
+        joined = np.concatenate([np.array(asked, np.int32), answer])
+        if self._decode(joined) != self._decode(ids[anchor:]):  # some tokenizers begin every text with a blank
             raise BadRowError("a token reaches across the border of a turn", f"character {start}")
-        return Sample(
-            0, joined, ((len(prompt), len(prompt) + self._end(answer, places, text[start:], 0, len(answer))),)
-        )
+        first = anchor + len(asked)
+        last = first + self._end(answer, places, text[start:], 0, len(answer))
+        return Sample(0, np.concatenate([ids[:anchor], joined]), ((first, last),))
 
     def _end(self, ids: np.ndarray, offsets: np.ndarray, text: str, first: int, last: int) -> int:
         """One past the end-of-turn token: blanks that a template writes after it are not the assistant's."""
@@ -322,7 +326,7 @@ class ChatEncoder:
         return last
 
     def _decode(self, ids: np.ndarray) -> str:
-        return str(self.tokenizer.decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        return str(self.tokenizer.backend_tokenizer.decode(ids.tolist(), skip_special_tokens=False))
 
     def _cut(self, samples: list[Sample], conversation: Conversation) -> list[Sample] | BadRowError:
         most, kept = self.max_length, []

@@ -6,10 +6,12 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, Literal
 
 from spd_lightning.data.conversations import Conversation, Tools, conversation
-from spd_lightning.data.sources import Row, Source, digest, parse_sources, read
+from spd_lightning.data.reading import Row, read
+from spd_lightning.data.sources import Source, digest, parse_sources
 from spd_lightning.data.tally import Bad, BadRowError, Tally
 from spd_lightning.errors import InputError
 
@@ -25,8 +27,8 @@ class Cleaning:
     Args:
         tools: keep tool calls and their results, or drop them and keep the rest of the conversation.
         max_bad_share: share of unusable rows above which reading ends with an error.
-        decontaminate: files of benchmark questions; conversations that share an n-gram with one are left out. Fields
-            read: prompt, question, turns, instruction, text, messages.
+        decontaminate: benchmarks, written as sources; conversations that share an n-gram with one of their questions
+            are left out. Fields read: prompt, question, turns, instruction, text, messages.
         ngram: words in a row that count as the same text; a shorter question must be a whole turn.
     """
 
@@ -37,9 +39,9 @@ class Cleaning:
 
     def __post_init__(self) -> None:
         if not 0 <= self.max_bad_share <= 1:
-            raise InputError(f"max_bad_share={self.max_bad_share}: expected a number from 0 to 1.")
+            raise InputError(f"data.cleaning.max_bad_share={self.max_bad_share}: expected a number from 0 to 1.")
         if self.ngram < 3:
-            raise InputError(f"ngram={self.ngram}: expected at least 3 words.")
+            raise InputError(f"data.cleaning.ngram={self.ngram}: expected at least 3 words.")
 
 
 @dataclass(frozen=True)
@@ -110,22 +112,25 @@ def _benchmarks(files: tuple[str, ...], size: int) -> dict[int, str]:
     found: dict[int, str] = {}
     for name in files:
         source = Source.parse(name)
-        source.check("decontaminate")
+        source.check("data.cleaning.decontaminate")
         questions = [question for row in read([source]) for question in _questions(row)]
         if not questions:
-            raise InputError(f"decontaminate={name!r}: no question found: expected prompt, question, turns or text.")
+            raise InputError(
+                f"data.cleaning.decontaminate={name!r}: no question found: expected prompt, question, turns or text."
+            )
         for question in questions:
             if words := _words(question):
-                found.update(dict.fromkeys(_ngrams(words, size), source.local.name))
+                found.update(dict.fromkeys(_ngrams(words, size), Path(source.path).name))
     return found
 
 
 def _questions(row: Row) -> list[str]:
     if isinstance(row.content, Bad):
-        raise InputError(f"decontaminate: {row.content}")
+        raise InputError(f"data.cleaning.decontaminate: {row.content}")
     fields: Any = row.content
-    values: list[Any] = [fields.get(name) for name in ("prompt", "question", "instruction", "text")]
-    values += fields.get("turns") or []
+    values: list[Any] = []
+    for name in ("prompt", "question", "instruction", "text", "turns"):
+        values += fields[name] if isinstance(fields.get(name), list) else [fields.get(name)]
     values += [m.get("content") for m in fields.get("messages") or [] if m.get("role") == "user"]
     return [value for value in values if isinstance(value, str)]
 

@@ -22,7 +22,8 @@ from typing import IO, Any
 from spd_lightning.data.cleaning import Cleaner, Cleaning
 from spd_lightning.data.parallel import chunks, ordered_map
 from spd_lightning.data.progress import Progress
-from spd_lightning.data.sources import Row, Source, count_rows, read
+from spd_lightning.data.reading import Row, count_rows, read
+from spd_lightning.data.sources import Source
 from spd_lightning.data.tally import Tally
 from spd_lightning.errors import InputError
 
@@ -67,7 +68,7 @@ class _Work:
 
     def __call__(self, rows: Sequence[Row]) -> tuple[_Lines, Tally]:
         kept, tally = self.cleaner(rows)
-        lines = []
+        lines: _Lines = []
         for row, found in kept:
             digest = found.content_digest
             content = found.as_row() | {"id": digest, "source": row.place}
@@ -135,7 +136,7 @@ def _write(preparation: Preparation, folder: Path, workers: int, progress: Progr
         }
         for lines, counted in ordered_map(work, chunks(rows), workers):
             tally.add(counted)
-            tally.check("SOURCE", cleaning.max_bad_share, "--max-bad-share", over=False)
+            tally.check("SOURCE", cleaning.max_bad_share, "data.cleaning.max_bad_share", over=False)
             for digest, side, line in lines:
                 if seen.before(digest):
                     tally.left_out["duplicate"] += 1
@@ -145,7 +146,7 @@ def _write(preparation: Preparation, folder: Path, workers: int, progress: Progr
                 counts[side] += 1
             if progress is not None:
                 progress(tally.read, total)
-    tally.check("SOURCE", cleaning.max_bad_share, "--max-bad-share")
+    tally.check("SOURCE", cleaning.max_bad_share, "data.cleaning.max_bad_share")
     if not counts["train"]:
         raise InputError("SOURCE: nothing is left to train on. " + " ".join(x.strip() for x in tally.lines()))
     return {

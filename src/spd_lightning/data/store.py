@@ -24,7 +24,8 @@ from spd_lightning.data.chat import ChatEncoder, ChatOptions, Sample
 from spd_lightning.data.cleaning import Cleaner
 from spd_lightning.data.parallel import chunks, ordered_map
 from spd_lightning.data.progress import Progress
-from spd_lightning.data.sources import Row, count_rows, read
+from spd_lightning.data.reading import Row, count_rows, read
+from spd_lightning.data.sources import Source
 from spd_lightning.data.tally import BadRowError, Tally
 from spd_lightning.errors import InputError
 from spd_lightning.target.loading import Loading, load_tokenizer
@@ -83,7 +84,7 @@ class Encoding:
         content = {
             "sources": [source.fingerprint() for source in self.cleaner.sources],
             "cleaning": asdict(self.cleaner.cleaning) | {"max_bad_share": None},
-            "decontaminate": [_stat(Path(name)) for name in self.cleaner.cleaning.decontaminate],
+            "decontaminate": [Source.parse(name).fingerprint() for name in self.cleaner.cleaning.decontaminate],
             "split": [self.cleaner.part, self.cleaner.heldout_share],
             "chat": asdict(self.chat) | {"template": self.encoder.template},
             "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
@@ -94,15 +95,10 @@ class Encoding:
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:20]
 
 
-def _stat(path: Path) -> list[Any]:
-    found = path.stat()
-    return [str(path.resolve()), found.st_size, found.st_mtime_ns]
-
-
 def _code() -> str:
     """A digest of the modules that decide which tokens come out."""
     folder = Path(__file__).parent
-    names = ("chat.py", "cleaning.py", "conversations.py", "sources.py", "store.py")
+    names = ("chat.py", "cleaning.py", "conversations.py", "reading.py", "sources.py", "store.py")
     return hashlib.sha256(b"".join((folder / name).read_bytes() for name in names)).hexdigest()
 
 

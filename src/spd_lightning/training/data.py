@@ -21,7 +21,8 @@ from spd_lightning.data.chat import ChatEncoder, ChatOptions, Sample
 from spd_lightning.data.cleaning import Cleaner, Cleaning, Part, check_sources
 from spd_lightning.data.parallel import chunks
 from spd_lightning.data.progress import progress_bar
-from spd_lightning.data.sources import Source, read
+from spd_lightning.data.reading import read
+from spd_lightning.data.sources import Source
 from spd_lightning.data.store import Encoding, TokenStore, default_folder, open_store
 from spd_lightning.data.tally import Tally
 from spd_lightning.errors import InputError

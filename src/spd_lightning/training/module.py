@@ -146,7 +146,7 @@ class SpdModule(L.LightningModule):
                 "own and only feed deeper ones. Choose anchors at stage boundaries."
             )
         if self.head_options.draft_vocabulary is not None:
-            read_draft_vocabulary(self.head_options.draft_vocabulary, config.vocab_size)
+            read_draft_vocabulary(self.head_options.draft_vocabulary, config.vocab_size, "model.head.draft_vocabulary")
         return staircase
 
     def configure_model(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from importlib import import_module
 
 from spd_lightning.commands.parsing import did_you_mean
@@ -14,6 +15,11 @@ STEPS = {
     "regenerate": "let the target write the responses",
     "vocab": "count a draft vocabulary and report what it covers",
 }
+_FLAGS = (
+    (r"data\.cleaning\.(\w+)", "--"),
+    (r"data\.chat\.(template|arguments)", "--chat-"),
+    (r"data\.(?:chat\.)?(date|turns|cache|max_length|tokenizer)\b", "--"),
+)
 _HELP = """\
 spd-lightning data: from any chat corpus to training data that is right
 
@@ -29,7 +35,8 @@ Example
   spd-lightning data preview build/docs/train.jsonl --tokenizer tiny
   spd-lightning data regenerate build/docs/train.jsonl --target tiny --out build/docs/regenerated
   spd-lightning data vocab build/docs/regenerated/train.jsonl --tokenizer tiny --size 2048 --out build/docs/vocab.json
-  spd-lightning fit --config tiny --data.train build/docs/regenerated/train.jsonl"""
+  spd-lightning fit --config tiny --data.train build/docs/regenerated/train.jsonl \\
+      --model.head.draft_vocabulary build/docs/vocab.json"""
 
 
 def run(argv: list[str]) -> int:
@@ -44,4 +51,14 @@ def run(argv: list[str]) -> int:
             f"unknown step {name!r} of spd-lightning data: expected one of {', '.join(STEPS)}."
             f"{did_you_mean(name, STEPS)}"
         )
-    return int(import_module(f"spd_lightning.commands.data.{name}").run(rest) or 0)
+    try:
+        return int(import_module(f"spd_lightning.commands.data.{name}").run(rest) or 0)
+    except InputError as error:
+        raise InputError(in_flags(str(error))) from error
+
+
+def in_flags(message: str) -> str:
+    """A message with the flags of these commands in place of a recipe's fields, which `fit` would name."""
+    for field, prefix in _FLAGS:
+        message = re.sub(field, lambda found, prefix=prefix: prefix + found[1].replace("_", "-"), message)  # type: ignore[misc]
+    return message
