@@ -1,6 +1,7 @@
-"""Renew the tables of docs/performance.md from benchmarks/records/training_cost.json and rollback.json.
+"""Renew the tables of docs/performance.md from benchmarks/records/{training_cost,rollback,data}.json.
 
-    python benchmarks/training_cost.py && python benchmarks/rollback.py && python benchmarks/performance.py
+    python benchmarks/training_cost.py && python benchmarks/rollback.py && python benchmarks/data.py
+    python benchmarks/performance.py
 
 Each table stands between `<!-- table: NAME -->` and `<!-- /table -->`; the text around them is written by hand.
 """
@@ -171,10 +172,47 @@ def rollback_memory(record: dict[str, Any]) -> str:
     )
 
 
+def data_preparation(record: dict[str, Any]) -> str:
+    return markdown(
+        "step | chats | workers | seconds | chats/s | peak, MiB | largest worker, MiB",
+        (
+            [
+                row["step"],
+                f"{row['chats']:,}",
+                str(row["workers"]),
+                f"{row['seconds']:.1f}",
+                f"{row['chats'] / row['seconds']:,.0f}",
+                f"{row['peak_mib']:.0f}",
+                f"{row['worker_peak_mib']:.0f}" if row["workers"] else "-",
+            ]
+            for row in record["preparation"]
+        ),
+    )
+
+
+def data_packing(record: dict[str, Any]) -> str:
+    return markdown(
+        "rows | filled | batches | tokens/s | against random order",
+        (
+            [
+                f"{name}, S = {part['capacity']}" if name == "packed" else name,
+                f"{case['filled']:.1%}",
+                str(case["batches"]),
+                f"{case['tokens_per_second']:,.0f}",
+                f"**{case['speed_against_random_order']:.2f} x**",
+            ]
+            for part in record["packing"]
+            for name, case in part["cases"].items()
+        ),
+    )
+
+
 #: Name of a table in the document -> what makes it, and from which record.
 TABLES = {f.__name__: (f, "training_cost") for f in (source, step, attention, memory, profile, arithmetic)}
 TABLES |= {f.__name__: (f, "rollback") for f in (rollback, rollback_memory)}
 TABLES["rollback_source"] = (source, "rollback")
+TABLES |= {f.__name__: (f, "data") for f in (data_preparation, data_packing)}
+TABLES["data_source"] = (source, "data")
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import shlex
 from pathlib import Path
 from types import ModuleType
 
@@ -60,6 +61,35 @@ def test_the_python_example_uses_public_names() -> None:
     for name in names[1].split(", "):
         assert hasattr(spd_lightning, name)
     compile(example, "README.md", "exec")
+
+
+def data_commands(folder: Path) -> list[list[str]]:
+    """The block of data commands, in a folder, smaller: fewer conversations, shorter answers, two steps."""
+    block = README.split("## Data that is right")[1].split("```bash\n")[1].split("```")[0]
+    smaller = {"documentation:train --limit 2000": "documentation:train --limit 80", "0.1 ": "0.3 ", " 64 ": " 8 "}
+    smaller |= {"$B": str(folder / "docs"), "runs/docs": str(folder / "run"), "\\\n": " "}
+    for before, after in smaller.items():
+        assert before in block
+        block = block.replace(before, after)
+    return [shlex.split(line, comments=True)[1:] for line in block.splitlines() if line.startswith("$S ")]
+
+
+def test_the_data_commands_lead_from_a_corpus_to_real_acceptance(tmp_path: Path) -> None:
+    from spd_lightning import cli
+
+    *steps, fit = data_commands(tmp_path)
+    assert [words[1] for words in steps] == ["prepare", "preview", "regenerate", "vocab"] and fit[0] == "fit"
+    for words in steps:
+        assert cli.main(words) == 0
+    assert (tmp_path / "docs" / "preview.html").is_file()
+    quick = "--trainer.max_steps 2 --trainer.val_check_interval 2 --data.batch_size 4 --data.validation_samples 4"
+    quick += " --decoding.prompts 2 --decoding.max_new_tokens 6 --final.prompts 2 --final.max_new_tokens 6"
+    assert cli.main([*fit, *quick.split(), "--trainer.enable_progress_bar", "false"]) == 0
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["status"] == "finished" and record["results"]["lossless"]["mismatches"] == 0
+    vocabulary = json.loads((tmp_path / "docs" / "vocab.json").read_text())["token_ids"]
+    config = json.loads((tmp_path / "run" / "head" / "config.json").read_text())
+    assert config["draft_token_ids"] == vocabulary
 
 
 def test_every_recipe_that_it_names_exists() -> None:

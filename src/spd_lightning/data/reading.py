@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from spd_lightning.data.sources import LINES, TABLES, Source, first_line, quiet_datasets
+from spd_lightning.data.sources import LINES, TABLES, Source, first_line, hub_builder, quiet_datasets
 from spd_lightning.data.tally import Bad
 from spd_lightning.errors import InputError
 from spd_lightning.randomness import Purpose, generator
