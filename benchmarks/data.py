@@ -94,7 +94,7 @@ def packing(repeats: int, documents: int, capacity: int, rows: int) -> dict[str,
     import numpy as np
     import torch
 
-    from spd_lightning.data.batches import Rows, collate, plan
+    from spd_lightning.data.batches import Rows, collate, pack, plan
     from spd_lightning.data.cleaning import Cleaner
     from spd_lightning.data.sources import Source
     from spd_lightning.data.store import Encoding, open_store
@@ -114,11 +114,12 @@ def packing(repeats: int, documents: int, capacity: int, rows: int) -> dict[str,
         return [[[i] for i in numbers[at : at + per_batch]] for at in range(0, documents, per_batch)]
 
     packed, rest = plan(lengths, order, rows, capacity, random)
+    last = [[rest[i] for i in row] for row in pack(lengths[rest], capacity)]  # a batch of fewer rows
     alike = sorted(order.tolist(), key=lambda i: lengths[i])
     cases = {
         "padded, random order": (padded(order.tolist()), None),
         "padded, similar lengths": (padded(alike), None),
-        "packed": ([*packed, [[i] for i in rest]] if rest else packed, capacity),
+        "packed": ([*packed, last] if last else packed, capacity),
     }
 
     def epoch(batches: list[Rows], length: int | None) -> None:

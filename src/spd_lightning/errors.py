@@ -1,4 +1,4 @@
-"""The one kind of error that a user's input can cause."""
+"""The one kind of error that a user's input can cause, and the line that others are told in."""
 
 from __future__ import annotations
 
@@ -8,3 +8,9 @@ class InputError(ValueError):
 
     The command line prints it without a traceback and exits with status 2.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of any library says, in one line; of one that says nothing, its cause's or its name."""
+    cause = error.__cause__ if error.__cause__ is not None and not str(error).strip() else error
+    return (str(cause).strip().splitlines() or [type(cause).__name__])[0][:300]

@@ -49,7 +49,7 @@ def test_a_pipe_gets_the_mask_as_signs_and_no_escape_code(run: Run, rows: Path):
     assert "<|user|>two<|end|><|assistant|>\u2039the\u00a6 file<|end|>\u203a" in out
     assert "\u241b[31m" in out and "<U+202E>" in out and "\u23ce\n\u65e5\u672c<|end|>\u203a" in out
     assert f"-- {rows}:1: " in out and "in 1 turn" in out
-    assert "4 rows read, 2 conversations kept" in out and "1 x invalid JSON" in out and "1 x no assistant turn" in out
+    assert "4 rows read, 2 conversations kept" in out and "1 x invalid JSON" in out and "1 x unknown fields" in out
     assert "50.0% of the rows are bad" in out and "--max-bad-share 5.0%" in out
     assert "50.0% of the rows" not in run("--max-bad-share", "0.5")[1]
 

@@ -194,6 +194,17 @@ def test_a_weight_is_how_often_a_sample_comes_per_epoch_on_average() -> None:
     assert (times[:, 80:120].max(0) == 1).all(), "no half of a source is left out in every epoch"
 
 
+def test_an_epoch_that_draws_too_little_for_a_batch_shows_the_first_one_again() -> None:
+    for seed in range(40):
+        try:
+            batches = EpochBatches(np.full(8, 5), 2, seed=seed, weights=np.full(8, 0.2))
+        except InputError:
+            continue  # not even the first
+        for epoch in range(6):
+            batches.set_epoch(epoch)
+            assert len(list(batches)) == len(batches) > 0
+
+
 def test_too_few_conversations_for_one_batch_per_rank_are_refused() -> None:
     with pytest.raises(InputError, match=r"data\.train has 5 conversations.*batch_size=3.*2 ranks"):
         EpochBatches(np.ones(5), 3, 0, rank=0, world_size=2)

@@ -38,6 +38,16 @@ def parse(row: dict[str, Any], tools: Any = "drop", **columns: str) -> Conversat
         {"question": "Why?", "answer": "Because."},
         {"prompt": [QUESTION], "completion": [ANSWER]},
         {"messages": [QUESTION, ANSWER, {"role": "user", "content": "And?"}]},
+        {"messages": [ANSWER, QUESTION, ANSWER]},
+        {"messages": [QUESTION, ANSWER], "prompt": "Why?", "prompt_id": "0"},
+        {"messages": [], "prompt": "Why?", "response": "Because."},
+        {"messages": {"role": ["user", "assistant"], "content": ["Why?", "Because."]}},
+        {
+            "conversations": [
+                {"role": None, "content": None, "from": "human", "value": "Why?"},
+                {"role": None, "content": None, "from": "gpt", "value": "Because."},
+            ]
+        },
     ],
     ids=str,
 )
@@ -52,10 +62,27 @@ def test_other_columns_are_read_where_they_are_named() -> None:
     assert parse({"messages": [QUESTION, ANSWER], "body": "plain"}, text="body").text == "plain"
 
 
+@pytest.mark.parametrize("row", [{"messages": [QUESTION, ANSWER]}, {"prompt": "Why?", "response": "Because."}])
+def test_a_system_prompt_of_its_own_column_comes_first_where_the_row_has_one(row: dict[str, Any]) -> None:
+    system = {"role": "system", "content": "Be short."}
+    assert parse(row | {"system": "Be short."}).messages == (system, *PAIR)
+    assert parse(row | {"s": "Be short."}, system="s").messages == (system, *PAIR)
+    for nothing in (None, " "):
+        assert parse(row | {"s": nothing}, system="s").messages == PAIR
+    assert parse({"messages": [system, QUESTION, ANSWER], "system": "Be long."}).messages == (system, *PAIR)
+
+
+def test_an_id_that_no_file_can_hold_gives_way_to_the_digest() -> None:
+    row = {"messages": [QUESTION, ANSWER]}
+    assert parse(row | {"id": "\ud800"}).id == parse(row).content_digest != parse(row | {"id": "a"}).id
+
+
 def test_an_instruction_with_an_input_and_a_system_prompt_keep_all_parts() -> None:
     found = parse({"instruction": "Translate.", "input": "Oui", "output": "Yes", "system": "Be short."})
     contents = [message["content"] for message in found.messages]
     assert contents == ["Be short.", "Translate.\n\nOui", "Yes"]
+    dolly = parse({"instruction": "Translate.", "context": "Oui", "response": "Yes", "category": "x"})
+    assert dolly.messages[0]["content"] == "Translate.\n\nOui"
 
 
 def test_a_plain_text_has_no_turns() -> None:
@@ -102,10 +129,19 @@ def test_thoughts_and_what_else_templates_read_stay_and_other_fields_go() -> Non
         ({"messages": [QUESTION, ANSWER, ANSWER]}, "two assistant turns in a row", "messages 1 and 2"),
         ({"messages": [QUESTION, QUESTION, ANSWER]}, "two user turns in a row", "messages 0 and 1"),
         ({"messages": [QUESTION, {"role": "system", "content": "x"}, ANSWER]}, "system turn in the middle", "1"),
-        ({"messages": [ANSWER]}, "begins with the assistant", "message 0"),
-        ({"messages": [{"role": "system", "content": "x"}, ANSWER]}, "begins with the assistant", "message 1"),
+        ({"messages": [ANSWER]}, "no user turn", ""),
+        ({"messages": [{"role": "system", "content": "x"}, ANSWER]}, "no user turn", ""),
         ({"messages": [QUESTION]}, "no assistant turn", ""),
-        ({"messages": []}, "no assistant turn", ""),
+        ({"messages": [ANSWER, QUESTION]}, "no assistant turn", ""),
+        ({"messages": []}, "unknown fields", "['messages']"),
+        ({"prompt": "2+2", "answer": 4}, "not text", "int"),
+        ({"prompt": 22, "answer": "4"}, "not text", "int"),
+        ({"prompt": "2+2", "answer": {"text": "4"}}, "not text", "dict"),
+        ({"prompt": "2+2", "answer": "\ud800"}, "not UTF-8", "message 0"),
+        ({"text": "a\ud800"}, "not UTF-8", "text"),
+        ({"messages": [QUESTION, ANSWER | {"reasoning_content": "\ud800"}]}, "not UTF-8", "message 1"),
+        ({"messages": [QUESTION, ANSWER | {"reasoning_content": 3}]}, "not text", "reasoning_content of message 1"),
+        ({"messages": "[" * 100_000}, "not a list of messages", "no JSON"),
         ({"messages": [QUESTION, {"role": "assistant", "content": " \n"}]}, "empty content", "message 1, assistant"),
         ({"messages": [{"role": "user", "content": ""}, ANSWER]}, "empty content", "message 0, user"),
         ({"messages": [QUESTION, {"role": "assistant", "content": None}]}, "not text", "NoneType"),

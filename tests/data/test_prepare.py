@@ -39,7 +39,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 def names(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in folder.iterdir())
+    return sorted(entry.name for entry in folder.iterdir() if entry.name != ".lock")
 
 
 def test_every_usable_conversation_is_written_once_on_its_side(corpus: Path, tmp_path: Path) -> None:

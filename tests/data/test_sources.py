@@ -69,6 +69,58 @@ def test_a_directory_is_its_files_in_order_without_manifests(tmp_path: Path) -> 
     assert contents(Source(str(tmp_path))) == ROWS
 
 
+def test_a_directory_of_several_splits_is_read_by_the_files_that_are_named(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for name, rows in (("train_sft-0", ROWS[:30]), ("test_sft-0", ROWS[30:40])):
+        (tmp_path / "data" / f"{name}.jsonl").write_bytes(lines(rows))
+    given = Source(str(tmp_path), files="data/train_sft-*")
+    given.check("data.train")
+    assert contents(given) == ROWS[:30]
+    for source, says in (
+        (Source(str(tmp_path)), "several splits: train_sft-0.jsonl, test_sft-0.jsonl.*files="),
+        (Source(str(tmp_path), split="train_sft"), "files have no splits.*files=.train_sft"),
+        (Source(str(tmp_path), files="*.parquet"), "no data files named .*parquet"),
+        (Source(str(tmp_path), config="all"), "config=all: only hub data sets"),
+        (Source(str(tmp_path / "data" / "train_sft-0.jsonl"), files="*"), "files=.*expected a directory"),
+    ):
+        with pytest.raises(InputError, match=says):
+            source.check("data.train")
+
+
+def test_a_directory_with_files_that_cannot_be_read_is_refused_and_hidden_ones_do_not_count(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(lines(ROWS[:3]))
+    (tmp_path / "manifesto.jsonl").write_bytes(lines(ROWS[3:5]))
+    (tmp_path / ".hidden").mkdir()
+    (tmp_path / ".hidden" / "b.jsonl").write_bytes(lines(ROWS))
+    Source(str(tmp_path)).check("data.train")
+    assert contents(Source(str(tmp_path))) == ROWS[:5]
+    (tmp_path / "c.jsonl.zst").write_bytes(b"x")
+    with pytest.raises(InputError, match=r"c\.jsonl\.zst, which cannot be read: unpack it"):
+        Source(str(tmp_path)).check("data.train")
+    Source(str(tmp_path), files="*.jsonl").check("data.train")
+
+
+def test_a_saved_dictionary_gives_the_split_that_is_named(tmp_path: Path) -> None:
+    from datasets import Dataset, DatasetDict
+
+    parts = {"train": Dataset.from_list(ROWS[:30]).with_format("numpy"), "test": Dataset.from_list(ROWS[30:40])}
+    DatasetDict(parts).save_to_disk(tmp_path / "saved")
+    for split, expected in (("train", ROWS[:30]), ("test", ROWS[30:40])):
+        source = Source(str(tmp_path / "saved"), split=split)
+        source.check("data.train")
+        assert contents(source) == expected
+    with pytest.raises(InputError, match="split=dev: expected one of train, test"):
+        Source(str(tmp_path / "saved"), split="dev").check("data.train")
+
+
+def test_a_path_with_the_signs_of_a_pattern_is_a_path(tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    (tmp_path / "run[1]*").mkdir()
+    Dataset.from_list(ROWS).to_parquet(tmp_path / "run[1]*" / "x.parquet")
+    assert contents(Source(str(tmp_path / "run[1]*"))) == ROWS
+
+
 def test_a_row_says_where_it_stands(tmp_path: Path) -> None:
     path, table = tmp_path / "x.jsonl", write(tmp_path, "parquet")
     path.write_bytes(b"\n" + lines(ROWS[:2]) + b"\n" + lines(ROWS[2:3]))
@@ -88,14 +140,17 @@ def test_a_json_array_is_read_in_pieces_wherever_they_end(
     assert contents(Source(str(path))) == ROWS
 
 
-def test_streamed_sources_are_mixed_in_proportion_to_size_and_weight(tmp_path: Path) -> None:
+def test_streamed_sources_are_mixed_in_proportion_to_their_size(tmp_path: Path) -> None:
     paths = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
     paths[0].write_bytes(lines(ROWS[:600]))
     paths[1].write_bytes(lines(ROWS[600:]))
-    sources = [Source(str(paths[0])), Source(str(paths[1]), weight=3.0)]
+    sources = [Source(str(paths[0])), Source(str(paths[1]), weight=30.0)]  # weights repeat what was read
     found = [row.source for row in read(sources, streaming=True)]
     assert len(found) == 700
-    assert sum(found[:150]) == pytest.approx(50, abs=20), "100 of 600 rows at three times the rate: every third row"
+    assert sum(found[:350]) == pytest.approx(50, abs=20), "every seventh row, from the first to the last"
+    empty = Source(str(tmp_path / "empty.jsonl"))
+    Path(empty.path).touch()
+    assert len(contents(sources[0], empty, streaming=True)) == 600
     assert found == [row.source for row in read(sources, streaming=True)] != sorted(found)
 
 
@@ -146,12 +201,16 @@ def test_a_line_beyond_the_limit_is_skipped_without_being_held(tmp_path: Path, m
 
 def test_a_fault_inside_an_array_is_named_by_its_element(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
-    path.write_text(json.dumps(ROWS[:3])[:-1] + ', {"id": oops}, {}]')
-    (found,) = bad(path)
-    assert found.reason == "invalid JSON" and found.place == f"{path} element 3"
-    path.write_text(json.dumps(ROWS[:3])[:-20])
-    (found,) = bad(path)
-    assert found.place == f"{path} element 2"
+    whole = json.dumps(ROWS[:3])
+    for text, says in (
+        (whole[:-1] + ', {"id": oops}, {}]', "element 3 .from 0.: invalid JSON.*one object per line"),
+        (whole[:-20], "element 2 .from 0.: invalid JSON"),
+        (whole[:-1] + ", " + "[" * 100_000, "element 3 .from 0.: invalid JSON"),
+        (f"{whole}\n{whole}", "text after its JSON array of 3 elements"),
+    ):
+        path.write_text(text)
+        with pytest.raises(InputError, match=f"x.json:? {says}"):
+            bad(path)
 
 
 def test_random_damage_never_costs_more_than_its_lines_and_never_crashes(tmp_path: Path) -> None:

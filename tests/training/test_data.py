@@ -13,6 +13,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from spd_lightning.data.batches import Batch, EpochBatches
@@ -85,6 +86,23 @@ def test_lightning_announces_the_epoch_so_that_every_epoch_has_its_own_order(
     assert len(module.validated) == 2 * len(data.validation_set), "validation takes every sample, in every epoch"
 
 
+@pytest.mark.parametrize("step", [4, 10, 20], ids=["in the middle", "at the end of the first", "of the second"])
+@pytest.mark.parametrize(("streaming", "workers"), [(False, 0), (False, 1), (True, 0), (True, 1)])
+def test_a_resumed_run_is_shown_what_the_whole_one_was(
+    make_data: Callable[..., SpdDataModule], tmp_path: Path, step: int, streaming: bool, workers: int
+) -> None:
+    def run(**options: Any) -> list[list[int]]:
+        module = Recorder()
+        data = make_data(num_workers=workers, streaming=streaming, window=16, packing=False)
+        trainer(max_steps=24, limit_val_batches=0, **options.pop("trainer", {})).fit(module, datamodule=data, **options)
+        return [ids for _, ids in module.seen]
+
+    keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=step, save_top_k=-1)
+    whole = run(trainer={"callbacks": [keep], "enable_checkpointing": True})
+    assert whole[:10] != whole[10:20] and len(whole) == 24
+    assert run(ckpt_path=tmp_path / f"step={step}.ckpt") == whole[step:]
+
+
 @pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
 def test_the_number_of_workers_changes_nothing(make_data: Callable[..., SpdDataModule], packing: bool) -> None:
     found = []
@@ -125,6 +143,16 @@ def test_every_rank_validates_its_share_of_the_samples_and_has_at_least_one(
     assert [share(rank, 2) for rank in (0, 1)] == [[0, 2, 4], [1, 3]]
     with pytest.raises(InputError, match=r"data\.validation_samples=5: expected at least one for each of 6 ranks"):
         share(0, 6)
+
+
+def test_validation_takes_every_source_in_proportion(
+    make_data: Callable[..., SpdDataModule], two_sources: list[Source]
+) -> None:
+    data = make_data(validation=two_sources, validation_samples=16, batch_size=16)
+    data.setup("validate")
+    assert data.validation_set is not None
+    (batch,) = data.val_dataloader()
+    assert np.bincount(data.validation_set.source_numbers[batch["sample_ids"].numpy()]).tolist() == [12, 4]
 
 
 def test_prompts_are_the_first_held_out_ones_up_to_the_first_answer(
@@ -243,7 +271,10 @@ def test_a_share_of_the_training_sources_is_held_out_by_the_opening_alone(
 
 
 def streamed(data: SpdDataModule, rank: int = 0, world_size: int = 1, epoch: int = 0) -> list[Batch]:
-    data.trainer = SimpleNamespace(global_rank=rank, world_size=world_size, max_steps=10)  # type: ignore[assignment]
+    loops = trainer(max_steps=10).fit_loop
+    data.trainer = SimpleNamespace(  # type: ignore[assignment]
+        global_rank=rank, world_size=world_size, max_steps=10, fit_loop=loops
+    )
     loader = data.train_dataloader()
     assert isinstance(loader, StreamedBatches)
     loader.sampler.set_epoch(epoch)

@@ -7,7 +7,6 @@ text alone.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from spd_lightning.commands.parsing import CommandParser
 from spd_lightning.commands.streaming import TextStream, legend
 from spd_lightning.errors import InputError
+from spd_lightning.files import write_whole
 
 if TYPE_CHECKING:
     from spd_lightning.decoding.decoder import CycleEvent
@@ -304,12 +304,7 @@ def write_json(path: Path, options: Namespace, turn: Turn) -> None:
         "baseline": None if turn.baseline is None else _figures(turn.baseline),
         "events": [asdict(event) for event in turn.events],
     }
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise InputError(f"--json {path} cannot be written: {error.strerror}") from error
+    write_whole(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n", "--json")
 
 
 def _figures(generation: Generation) -> dict[str, Any]:

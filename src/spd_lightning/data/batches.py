@@ -67,12 +67,12 @@ def collate(rows: Sequence[Sequence[Sample]], length: int | None = None) -> Batc
 
 
 def supervised_positions(batch: Batch) -> Tensor:
-    """[B, S] bool: t is supervised iff x_{t+1} is labelled, of the same document, and not the first of its turn."""
+    """[B, S] bool: t is supervised iff x_{t+1} is labelled and not the first token of its turn.
+
+    No document borrows its neighbour's label: what it is labelled from is the first token of a turn.
+    """
     drafted = batch["labelled"] & ~batch["turn_starts"]
-    following = torch.cat([drafted[:, 1:], torch.zeros_like(drafted[:, :1])], dim=1)
-    documents = batch["documents"]
-    same = torch.cat([documents[:, 1:] == documents[:, :-1], torch.zeros_like(drafted[:, :1])], dim=1)
-    return following & same
+    return torch.cat([drafted[:, 1:], torch.zeros_like(drafted[:, :1])], dim=1)
 
 
 def is_packed(batch: Batch) -> bool:
@@ -187,6 +187,7 @@ class EpochBatches:
     world_size: int = 1
     pool: int = 32
     epoch: int = 0
+    _skip: int = 0
 
     def __post_init__(self) -> None:
         self.lengths = np.asarray(self.lengths)
@@ -206,15 +207,20 @@ class EpochBatches:
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+        if epoch != self.epoch:
+            self.epoch, self._skip = epoch, 0
+
+    def resume(self, epoch: int, skip: int) -> None:
+        """Go on after the first `skip` batches of an epoch; the next epoch is whole again."""
+        self.epoch, self._skip = epoch, skip
 
     def __len__(self) -> int:
         return self._rounds
 
     def __iter__(self) -> Iterator[Rows]:
         if self._planned != self.epoch:
-            self._batches, self._planned = self._plan(self.epoch), self.epoch
-        for number in range(self._rounds):
+            self._batches, self._planned = self._plan(self.epoch) or self._plan(0), self.epoch
+        for number in range(self._skip, self._rounds):
             yield self._batches[(number * self.world_size + self.rank) % len(self._batches)]
 
     @property

@@ -29,7 +29,7 @@ import numpy as np
 
 from spd_lightning.data.conversations import Conversation
 from spd_lightning.data.tally import BadRowError
-from spd_lightning.errors import InputError
+from spd_lightning.errors import InputError, first_line
 
 #: Tokens of a plain text that a decoder is given as its prompt.
 TEXT_PROMPT = 32
@@ -100,6 +100,11 @@ class Sample:
         return sum(stop - start for start, stop in self.turns)
 
     @property
+    def drafted(self) -> int:
+        """Number of labelled tokens that a head drafts: all but the first of each turn."""
+        return self.labels - len(self.turns)
+
+    @property
     def prompt(self) -> list[int]:
         """What a decoder is given: everything before the first turn, or the beginning of a plain text."""
         first = self.turns[0][0] if self.turns else 0
@@ -126,7 +131,7 @@ class ChatEncoder:
     def __init__(self, tokenizer: Any, max_length: int, options: ChatOptions = ChatOptions()) -> None:  # noqa: B008
         self.tokenizer, self.max_length, self.options = tokenizer, max_length, options
         own = getattr(tokenizer, "chat_template", None)
-        self.template = own if options.template is None else Path(options.template).read_text(encoding="utf-8")
+        self.template = own if options.template is None else _read_template(Path(options.template))
         if isinstance(self.template, Mapping):  # several, by name
             self.template = self.template.get("default")
         if not getattr(tokenizer, "is_fast", False):
@@ -191,8 +196,7 @@ class ChatEncoder:
         except InputError:
             raise
         except Exception as error:  # a template raises whatever jinja2 and Python raise
-            line = (str(error).strip().splitlines() or [""])[0]
-            return BadRowError("the chat template raises", f"{type(error).__name__}: {line}")
+            return BadRowError("the chat template raises", f"{type(error).__name__}: {first_line(error)}")
         if self.options.turns == "last":
             texts = [_Text(texts[-1].text, texts[-1].spans[-1:])]
         return texts
@@ -342,6 +346,13 @@ class ChatEncoder:
         if not kept:
             return BadRowError("no labelled token", f"within {most} tokens, of {max(map(len, samples), default=0)}")
         return [Sample(number, sample.ids, sample.turns) for number, sample in enumerate(kept)]
+
+
+def _read_template(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"data.chat.template={str(path)!r} cannot be read: {first_line(error)}.") from error
 
 
 def _dated(template: str, today: date) -> str:

@@ -43,6 +43,10 @@ class Cleaning:
         if self.ngram < 3:
             raise InputError(f"data.cleaning.ngram={self.ngram}: expected at least 3 words.")
 
+    def fingerprint(self) -> Any:
+        """What changes when the benchmarks do."""
+        return [Source.parse(name).fingerprint() for name in self.decontaminate]
+
 
 @dataclass(frozen=True)
 class Cleaner:
@@ -111,8 +115,7 @@ def _benchmarks(files: tuple[str, ...], size: int) -> dict[int, str]:
     """The n-grams of all questions, with the benchmark they are of."""
     found: dict[int, str] = {}
     for name in files:
-        source = Source.parse(name)
-        source.check("data.cleaning.decontaminate")
+        (source,) = check_sources("data.cleaning.decontaminate", name)
         questions = [question for row in read([source]) for question in _questions(row)]
         if not questions:
             raise InputError(
@@ -131,7 +134,9 @@ def _questions(row: Row) -> list[str]:
     values: list[Any] = []
     for name in ("prompt", "question", "instruction", "text", "turns"):
         values += fields[name] if isinstance(fields.get(name), list) else [fields.get(name)]
-    values += [m.get("content") for m in fields.get("messages") or [] if m.get("role") == "user"]
+    messages = fields.get("messages")
+    if isinstance(messages, list):
+        values += [m.get("content") for m in messages if isinstance(m, dict) and m.get("role") == "user"]
     return [value for value in values if isinstance(value, str)]
 
 

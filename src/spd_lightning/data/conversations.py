@@ -40,7 +40,8 @@ _CHATS = ("messages", "conversations", "conversation")
 _PROMPTS = ("prompt", "instruction", "question", "query")
 _RESPONSES = ("response", "output", "answer", "completion")
 #: Further fields of a message that templates read.
-_KEPT = ("tool_calls", "tool_call_id", "name", "reasoning_content", "thinking")
+_THOUGHTS = ("reasoning_content", "thinking")
+_KEPT = ("tool_calls", "tool_call_id", "name", *_THOUGHTS)
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,10 @@ class Conversation:
     @property
     def content_digest(self) -> str:
         """Names the content, whatever the row is called: equal conversations have equal digests."""
-        return _digest(self.messages, self.text)
+        if self.text is not None:
+            return digest(self.text)
+        said = [self.messages, self.tools] if self.tools else self.messages
+        return digest(json.dumps(said, sort_keys=True, ensure_ascii=False))
 
     @property
     def opening(self) -> str:
@@ -74,8 +78,10 @@ class Conversation:
         return " ".join(str(first).split()).casefold()
 
     def texts(self) -> list[str]:
-        """Everything that is said."""
-        return [self.text] if self.text is not None else [str(message["content"]) for message in self.messages]
+        """Everything that is said, or thought."""
+        if self.text is not None:
+            return [self.text]
+        return [str(m[key]) for m in self.messages for key in ("content", *_THOUGHTS) if key in m]
 
     def as_row(self) -> dict[str, Any]:
         """The JSON form that every step writes and reads."""
@@ -98,12 +104,15 @@ def conversation(row: Mapping[str, Any], columns: Mapping[str, str], tools: Tool
     """
     described = _column(row, columns, "tools", ("tools",)) if tools == "keep" else None
     if (chat := _column(row, columns, "messages", _CHATS)) is not None:
-        found = Conversation("", tuple(_turns(_messages(chat), tools)), tools=_described(described))
+        messages = _with_system(row, columns, _messages(chat))
+        found = Conversation("", tuple(_turns(messages, tools)), tools=_described(described))
     elif (prompt := _column(row, columns, "prompt", _PROMPTS)) is not None:
-        found = Conversation("", tuple(_turns(_pair(row, columns, prompt), tools)), tools=_described(described))
+        messages = _with_system(row, columns, _pair(row, columns, prompt))
+        found = Conversation("", tuple(_turns(messages, tools)), tools=_described(described))
     elif (text := _column(row, columns, "text", ("text",))) is not None:
         if not isinstance(text, str):
             raise BadRowError("not text", f"text is {type(text).__name__}")
+        _check_unicode(text, "text")
         if not text.strip():
             raise BadRowError("empty content", "text")
         found = Conversation("", text=text)
@@ -111,63 +120,95 @@ def conversation(row: Mapping[str, Any], columns: Mapping[str, str], tools: Tool
         expected = "messages, conversations, prompt and response, or text"
         raise BadRowError("unknown fields", f"found {sorted(map(str, row))[:8]}, expected {expected}")
     name = row.get(columns.get("id", "id"))
-    usable = isinstance(name, (str, int)) and not isinstance(name, bool) and str(name).strip()
+    usable = (
+        isinstance(name, (str, int)) and not isinstance(name, bool) and str(name).strip() and str(name).isprintable()
+    )
     return replace(found, id=str(name) if usable else found.content_digest)
 
 
 def _column(row: Mapping[str, Any], columns: Mapping[str, str], kind: str, usual: tuple[str, ...]) -> Any:
     if kind in columns:
-        if row.get(columns[kind]) is None:
+        if row.get(columns[kind]) is None and kind in ("messages", "prompt", "response", "text"):
             raise BadRowError("unknown fields", f"{columns[kind]!r} is missing, found {sorted(map(str, row))[:8]}")
-        return row[columns[kind]]
+        return row.get(columns[kind])
     if columns and kind in ("messages", "prompt", "text") and set(columns) & {"messages", "prompt", "text"}:
         return None  # another kind was named
-    return next((row[name] for name in usual if row.get(name) is not None), None)
+    return next((row[name] for name in usual if row.get(name) not in (None, [])), None)
 
 
 def _pair(row: Mapping[str, Any], columns: Mapping[str, str], prompt: Any) -> list[Message]:
     response = _column(row, columns, "response", _RESPONSES)
     if response is None:
         raise BadRowError("unknown fields", f"a prompt without a response, found {sorted(map(str, row))[:8]}")
-    before = _messages(prompt) if isinstance(prompt, (list, tuple)) else [{"role": "user", "content": prompt}]
-    after = _messages(response) if isinstance(response, (list, tuple)) else None
-    further = row.get("input") if "prompt" not in columns else None  # Alpaca: the instruction's own text
-    if isinstance(further, str) and further.strip() and isinstance(prompt, str):
-        before = [{"role": "user", "content": f"{prompt}\n\n{further}"}]
+    if "prompt" not in columns and isinstance(prompt, str):
+        further = _column(row, {}, "input", ("input", "context"))  # Alpaca, Dolly: what the instruction is about
+        if isinstance(further, str) and further.strip():
+            prompt = f"{prompt}\n\n{further}"
+    turns = [("user", prompt), ("assistant", response)]
+    return [
+        message
+        for role, said in turns
+        for message in _messages(said if isinstance(said, (list, tuple)) else [{"role": role, "content": said}])
+    ]
+
+
+def _with_system(row: Mapping[str, Any], columns: Mapping[str, str], messages: list[Message]) -> list[Message]:
+    """The messages, after the system prompt of the row's own column where they bring none."""
     system = _column(row, columns, "system", ("system", "system_prompt"))
-    if isinstance(system, str) and system.strip():
-        before.insert(0, {"role": "system", "content": system})
-    return before + (after or [{"role": "assistant", "content": response}])
+    if not isinstance(system, str) or not system.strip() or (messages and messages[0]["role"] == "system"):
+        return messages
+    return _messages([{"role": "system", "content": system}]) + messages
 
 
 def _messages(chat: Any) -> list[Message]:
     if isinstance(chat, str) and chat.lstrip().startswith("["):  # some sets hold their messages as JSON text
         try:
             chat = json.loads(chat)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BadRowError("not a list of messages", f"text that is no JSON: {error}") from error
+    if isinstance(chat, Mapping):  # a list of structs, as `datasets` shows what it calls a Sequence
+        columns = [value if isinstance(value, (list, tuple)) else () for value in chat.values()]
+        chat = [dict(zip(chat, message, strict=True)) for message in zip(*columns, strict=False)] or chat
     if not isinstance(chat, (list, tuple)):
         raise BadRowError("not a list of messages", f"found {type(chat).__name__}")
     result = []
     for number, message in enumerate(chat):
         if not isinstance(message, Mapping):
             raise BadRowError("not a list of messages", f"message {number} is {type(message).__name__}")
-        name = message.get("role", message.get("from"))
+        name = _first(message, "role", "from")
         role = ROLES.get(name.strip().lower()) if isinstance(name, str) else None
         if role is None:
             raise BadRowError("unknown role", f"message {number} has {name!r}")
-        content = message.get("content", message.get("value"))
+        content = _first(message, "content", "value")
         further = {key: message[key] for key in _KEPT if message.get(key) not in (None, [], "")}
         if name == "function_call":
             further["tool_calls"], content = _called(content, number), ""
+        for key in _THOUGHTS:
+            if not isinstance(further.get(key, ""), str):
+                raise BadRowError("not text", f"{key} of message {number} is {type(further[key]).__name__}")
         result.append({"role": role, "content": _text(content, number, further), **further})
+        _check_unicode(result[-1], f"message {number}")
     return result
+
+
+def _first(message: Mapping[str, Any], *names: str) -> Any:
+    return next((message[name] for name in names if message.get(name) is not None), None)
+
+
+def _check_unicode(said: Any, where: str) -> None:
+    """Refuse half a surrogate pair, from a bad \\u escape, and values that JSON has no form for."""
+    try:
+        json.dumps(said, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise BadRowError("not UTF-8", f"{where}: {error.reason}") from error
+    except (TypeError, RecursionError) as error:
+        raise BadRowError("not text", f"{where}: {error}") from error
 
 
 def _called(content: Any, number: int) -> list[Any]:
     try:
         calls = json.loads(content) if isinstance(content, str) else content
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadRowError("invalid tool call", f"message {number}: {error}") from error
     return [{"type": "function", "function": call} for call in (calls if isinstance(calls, list) else [calls])]
 
@@ -182,10 +223,6 @@ def _text(content: Any, number: int, further: Message) -> str:
         return ""
     if not isinstance(content, str):
         raise BadRowError("not text", f"content of message {number} is {type(content).__name__}")
-    try:
-        content.encode()
-    except UnicodeEncodeError as error:  # half a surrogate pair, from a bad \\u escape
-        raise BadRowError("not UTF-8", f"message {number}: {error.reason}") from error
     return content
 
 
@@ -193,8 +230,14 @@ def _turns(messages: list[Message], tools: Tools) -> list[Message]:
     """The order of turns that a template can render: system first, then user and assistant in turn."""
     if tools == "drop":
         messages = [m for m in messages if m["role"] != "tool" and "tool_calls" not in m]
-    while messages and messages[-1]["role"] != "assistant":
-        messages = messages[:-1]  # a question without an answer teaches nothing
+    system = messages[:1] if messages and messages[0]["role"] == "system" else []
+    roles = [message["role"] for message in messages]
+    if "user" not in roles or "assistant" not in roles:
+        raise BadRowError("no user turn" if "assistant" in roles else "no assistant turn")
+    first, last = len(system), len(roles) - roles[::-1].index("assistant")
+    if roles[first] in ("assistant", "tool"):  # a chat that was cut in two: what it answers is not known
+        first = roles.index("user")
+    messages = system + messages[first:last]  # a question without an answer teaches nothing
     before = "start"
     for number, message in enumerate(messages):
         role = message["role"]
@@ -209,7 +252,7 @@ def _turns(messages: list[Message], tools: Tools) -> list[Message]:
         if role in ("user", "assistant") and "tool_calls" not in message and not message["content"].strip():
             raise BadRowError("empty content", f"message {number}, {role}")
         before = role
-    if not messages:
+    if before != "assistant":
         raise BadRowError("no assistant turn")
     return messages
 
@@ -218,10 +261,7 @@ def _described(tools: Any) -> tuple[Any, ...]:
     if isinstance(tools, str):
         try:
             tools = json.loads(tools) if tools.strip() else []
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BadRowError("invalid tools", str(error)) from error
+    _check_unicode(tools, "tools")
     return tuple(tools) if isinstance(tools, (list, tuple)) else ()
-
-
-def _digest(messages: tuple[Message, ...], text: str | None) -> str:
-    return digest(text if text is not None else json.dumps(messages, sort_keys=True, ensure_ascii=False))

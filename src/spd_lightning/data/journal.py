@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from spd_lightning.errors import InputError
+from spd_lightning.files import write_whole
 
 Record = dict[str, Any]
 
@@ -183,26 +184,3 @@ def _flat(settings: Record, prefix: str = "") -> Record:
     for name, value in settings.items():
         found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return found
-
-
-def write_whole(path: Path, content: str | Callable[[Any], None]) -> None:
-    """A file that appears under its name only when it is complete; one process at a time.
-
-    Args:
-        path: the file.
-        content: its text, or what writes it to an open text stream.
-    """
-    temporary = path.with_name(f".{path.name}.part")  # what a killed process left of it is written over
-    try:
-        with open(temporary, "w", encoding="utf-8") as stream:
-            if isinstance(content, str):
-                stream.write(content)
-            else:
-                content(stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror}.") from error
-    finally:
-        temporary.unlink(missing_ok=True)

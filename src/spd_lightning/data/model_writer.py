@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from spd_lightning.data.chat import ChatEncoder, ChatOptions
 from spd_lightning.data.dialogue import Answer, Dialogue, Sampling, Thoughts, Unit, Writer, Written
-from spd_lightning.errors import InputError
+from spd_lightning.errors import InputError, first_line
 
 if TYPE_CHECKING:
     from spd_lightning.target.target import Target
@@ -117,8 +117,7 @@ class ModelWriter(Writer):
         try:
             return self.encoder.prompt_text(dialogue.messages, dialogue.given.tools)
         except Exception as error:  # a template raises whatever jinja2 and Python raise
-            line = (str(error).strip().splitlines() or [""])[0]
-            dialogue.end(f"the chat template raises {type(error).__name__}: {line}")
+            dialogue.end(f"the chat template raises {type(error).__name__}: {first_line(error)}")
             return None
 
     def _generate(self, prompts: Sequence[list[int]]) -> list[list[int]]:

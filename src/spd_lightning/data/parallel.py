@@ -6,8 +6,11 @@ import multiprocessing
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from typing import Any, TypeVar
+
+from spd_lightning.errors import InputError
 
 In = TypeVar("In")
 Out = TypeVar("Out")
@@ -45,6 +48,11 @@ def ordered_map(work: Callable[[In], Out], items: Iterable[In], workers: int) ->
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+    except BrokenProcessPool as error:
+        raise InputError(
+            f"one of {workers} worker processes was killed, perhaps for want of memory: lower data.num_workers "
+            "(--workers)."
+        ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

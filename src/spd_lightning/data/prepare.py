@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
+from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
@@ -25,7 +26,7 @@ from spd_lightning.data.progress import Progress
 from spd_lightning.data.reading import Row, count_rows, read
 from spd_lightning.data.sources import Source
 from spd_lightning.data.tally import Tally
-from spd_lightning.errors import InputError
+from spd_lightning.errors import InputError, first_line
 
 FILES = {"train": "train.jsonl", "heldout": "heldout.jsonl"}
 _Lines = list[tuple[str, str, str]]  # digest, side, line
@@ -57,7 +58,8 @@ class Preparation:
 
     def settings(self) -> dict[str, Any]:
         """What the output depends on, as plain values."""
-        return json.loads(json.dumps([asdict(self), [source.fingerprint() for source in self.sources]], default=str))
+        files = [source.fingerprint() for source in self.sources], self.cleaning.fingerprint()
+        return json.loads(json.dumps([asdict(self), files, version("spd_lightning")], default=str))
 
 
 @dataclass(frozen=True)
@@ -93,9 +95,22 @@ def prepare(
     Raises:
         InputError: too many bad rows, nothing left, or a folder that holds something else.
     """
+    from filelock import FileLock
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".lock"):  # another process with the same arguments waits, and finds the work done
+            return _prepare(preparation, folder, workers, progress)
+    except (OSError, sqlite3.Error) as error:
+        raise InputError(f"--out {str(folder)!r} cannot be written: {first_line(error)}.") from error
+
+
+def _prepare(
+    preparation: Preparation, folder: Path, workers: int, progress: Progress | None
+) -> tuple[dict[str, Any], bool]:
     settings = preparation.settings()
     if (folder / "manifest.json").is_file():
-        found = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        found = _manifest(folder / "manifest.json")
         if found.get("settings") == settings:
             return found, False
         raise InputError(
@@ -106,7 +121,7 @@ def prepare(
         raise InputError(f"--out {str(folder)!r} holds {taken[0]} already, without a manifest: name another folder.")
     temporary = folder / ".prepare"
     shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
-    temporary.mkdir(parents=True)
+    temporary.mkdir()
     try:
         manifest = _write(preparation, temporary, workers, progress) | {"settings": settings}
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
@@ -118,11 +133,19 @@ def prepare(
     return manifest, True
 
 
+def _manifest(path: Path) -> dict[str, Any]:
+    """What a manifest holds; nothing, where it is none of ours."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def _write(preparation: Preparation, folder: Path, workers: int, progress: Progress | None) -> dict[str, Any]:
     sources, cleaning = preparation.sources, preparation.cleaning
     work = _Work(Cleaner(sources, cleaning, heldout_share=preparation.heldout_share))
-    sizes = [count_rows(source) for source in sources]
-    total = None if None in sizes else sum(size for size in sizes if size)
+    total = count_rows(sources)
     if preparation.limit is not None:
         total = preparation.limit if total is None else min(total, preparation.limit)
     rows = islice(read(sources, preparation.streaming), preparation.limit)

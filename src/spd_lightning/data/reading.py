@@ -9,12 +9,13 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Iterator, Sequence
+from glob import escape
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from spd_lightning.data.sources import LINES, TABLES, Source, first_line, hub_builder, quiet_datasets
+from spd_lightning.data.sources import LINES, TABLES, Source, hub_builder, quiet_datasets
 from spd_lightning.data.tally import Bad
-from spd_lightning.errors import InputError
+from spd_lightning.errors import InputError, first_line
 from spd_lightning.randomness import Purpose, generator
 
 #: Bytes of one line above which it is no conversation but a broken file; never more than this is held in memory.
@@ -41,7 +42,7 @@ def read(sources: Sequence[Source], streaming: bool = False, seed: int = 0) -> I
             yield from (Row(number, place, content) for place, content in _read_one(source, streaming))
         return
     readers = [_read_one(source, True) for source in sources]
-    sizes = [_size(source) * source.weight for source in sources]
+    sizes = [max(1, _size(source)) for source in sources]
     open_ones = list(range(len(sources)))
     random = generator(seed, Purpose.MIX)
     while open_ones:
@@ -54,10 +55,10 @@ def read(sources: Sequence[Source], streaming: bool = False, seed: int = 0) -> I
             yield Row(int(chosen), *row)
 
 
-def count_rows(source: Source) -> int | None:
-    """Rows of a source if that costs nothing to know, for progress bars."""
+def count_rows(sources: Sequence[Source]) -> int | None:
+    """Rows of some sources if that costs little to know, for progress bars."""
     try:
-        return _size(source)
+        return sum(map(_size, sources))
     except InputError:
         return None
 
@@ -84,10 +85,10 @@ def _read_dataset(source: Source, streaming: bool, file: Path | None = None) -> 
         try:
             if file is not None:
                 kind = TABLES[file.suffix]
-                rows: Any = load_dataset(kind, data_files=str(file), split="train", streaming=streaming)
+                rows: Any = load_dataset(kind, data_files=escape(str(file)), split="train", streaming=streaming)
             elif source.is_saved:
                 rows = load_from_disk(str(source.local))
-                rows = rows if isinstance(rows, Dataset) else rows[source.split]
+                rows = (rows if isinstance(rows, Dataset) else rows[source.split]).with_format(None)
             else:
                 rows = load_dataset(
                     source.path,
@@ -114,14 +115,14 @@ def _read_dataset(source: Source, streaming: bool, file: Path | None = None) -> 
 
 def _read_json(file: Path) -> Iterator[Located]:
     """The objects of a JSON-lines file or of a JSON array; lines that are none come back as `Bad`."""
-    with _open(file) as stream:
-        try:
+    try:
+        with _open(file) as stream:
             if _first_byte(stream) == b"[":
                 yield from _read_array(file, stream)
             else:
                 yield from _read_lines(file, stream)
-        except (OSError, EOFError, gzip.zlib.error) as error:  # type: ignore[attr-defined]
-            raise InputError(f"{file} cannot be read to its end: {first_line(error)}") from error
+    except (OSError, EOFError, gzip.zlib.error) as error:  # type: ignore[attr-defined]
+        raise InputError(f"{file} cannot be read to its end: {first_line(error)}") from error
 
 
 def _open(file: Path) -> IO[bytes]:
@@ -169,7 +170,11 @@ def _parse(line: bytes, place: str) -> dict[str, Any] | Bad:
 
 
 def _read_array(file: Path, stream: IO[bytes]) -> Iterator[Located]:
-    """Elements of one JSON array, a buffer at a time. A fault inside ends the file: there is no next line to go on."""
+    """Elements of one JSON array, a buffer at a time.
+
+    Raises:
+        InputError: a fault inside, after which no element can be told from another, or text after the array.
+    """
     import codecs
 
     decode, parse = codecs.getincrementaldecoder("utf-8-sig")(), json.JSONDecoder()
@@ -183,8 +188,6 @@ def _read_array(file: Path, stream: IO[bytes]) -> Iterator[Located]:
         except UnicodeDecodeError as error:
             raise InputError(f"{file}: element {number} (from 0) is not UTF-8: {error.reason}.") from error
         place_in_text = 0
-        if len(text) > LINE_LIMIT:
-            raise InputError(f"{file}: element {number} (from 0) exceeds {LINE_LIMIT} bytes.")
         return bool(block)
 
     def skip(characters: str) -> str:
@@ -205,13 +208,21 @@ def _read_array(file: Path, stream: IO[bytes]) -> Iterator[Located]:
             try:
                 content, place_in_text = parse.raw_decode(text, place_in_text)
                 break
-            except ValueError as error:
-                size = max(ARRAY_BLOCK, len(text))  # an element of many buffers is not parsed again for each of them
-                if not next_one or not fill():
-                    yield place, Bad("invalid JSON", place, f"{first_line(error)}; the rest of the file is not read")
-                    return
+            except (ValueError, RecursionError) as error:
+                # a buffer that ends within the element, or a fault; an element of many buffers is not parsed for each
+                size = max(ARRAY_BLOCK, len(text) - place_in_text)
+                if len(text) - place_in_text > LINE_LIMIT or not next_one or not fill():
+                    raise InputError(
+                        f"{place} (from 0): invalid JSON, or longer than {LINE_LIMIT} bytes: {first_line(error)}. "
+                        "What follows in an array cannot be read: mend the file, or write one object per line."
+                    ) from error
         yield place, content if isinstance(content, dict) else Bad("not an object", place)
         number, size = number + 1, ARRAY_BLOCK
+    place_in_text += 1
+    if skip(" \t\r\n"):
+        raise InputError(
+            f"{file}: text after its JSON array of {number} elements: expected one array, or one per file."
+        )
 
 
 def _size(source: Source) -> int:
@@ -220,11 +231,9 @@ def _size(source: Source) -> int:
     if source.is_local and not source.is_saved:
         files = source.local_files()
         if all(file.suffix == ".parquet" for file in files):
-            from pyarrow import parquet
-
-            return sum(parquet.read_metadata(file).num_rows for file in files)
+            return sum(map(_parquet_rows, files))
         if all(file.suffix in (".jsonl", ".ndjson") for file in files):
-            return max(1, sum(_count_lines(file) for file in files))
+            return sum(map(_count_lines, files))
     elif not source.is_local:
         splits = hub_builder(source).info.splits or {}
         if source.split in splits and splits[source.split].num_examples:
@@ -233,6 +242,15 @@ def _size(source: Source) -> int:
         f"source {source}: its number of rows is not known, and streamed sources are mixed in proportion to their "
         "sizes: give it as rows."
     )
+
+
+def _parquet_rows(file: Path) -> int:
+    from pyarrow import ArrowException, parquet
+
+    try:
+        return int(parquet.read_metadata(file).num_rows)
+    except (ArrowException, OSError) as error:
+        raise InputError(f"{file} cannot be read as parquet: {first_line(error)}") from error
 
 
 def _count_lines(file: Path) -> int:

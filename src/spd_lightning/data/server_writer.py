@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from spd_lightning.data.dialogue import Answer, Dialogue, Sampling, Unit, Writer, Written
-from spd_lightning.errors import InputError
+from spd_lightning.errors import InputError, first_line
 
 #: Seconds that a server may take to say that it is there.
 _PATIENCE = 30.0
@@ -124,7 +124,7 @@ class ServerWriter(Writer):
             return [str(model.id) for model in page.data]
         except self._errors.APIConnectionError as error:  # a timeout is one too
             raise InputError(
-                f"--base-url {url} does not answer ({_first_line(error)}): is the server up? What was written is kept; "
+                f"--base-url {url} does not answer ({first_line(error)}): is the server up? What was written is kept; "
                 "run again to go on."
             ) from error
         except (self._errors.AuthenticationError, self._errors.PermissionDeniedError) as error:
@@ -137,7 +137,7 @@ class ServerWriter(Writer):
         if error.status_code == 404:
             hint = "is --model the name of what it serves, and does the URL end in /v1?"
         return InputError(
-            f"--base-url {self.server.base_url} answers {error.status_code} ({_first_line(error)}): {hint}"
+            f"--base-url {self.server.base_url} answers {error.status_code} ({first_line(error)}): {hint}"
         )
 
     # -- conversations -----------------------------------------------------------------------------------------------
@@ -172,7 +172,7 @@ class ServerWriter(Writer):
                         await self._served(client)  # raises where the server is gone
                     if isinstance(error, self._repeated):
                         written.retries += self.server.retries
-                    written.failed = f"{type(error).__name__}: {_first_line(error)}"
+                    written.failed = f"{type(error).__name__}: {first_line(error)}"
                     return written
                 except _BrokenError as error:
                     written.failed = str(error)
@@ -212,12 +212,7 @@ def _answer(text: str) -> Answer:
         counts = int(usage.get("completion_tokens") or 0), int(usage.get("prompt_tokens") or 0)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise _BrokenError(
-            f"no chat completion ({type(error).__name__}: {_first_line(error)}): {text[:80]!r}"
+            f"no chat completion ({type(error).__name__}: {first_line(error)}): {text[:80]!r}"
         ) from error
     told = ("reasoning_content", str(thoughts).strip("\n")) if thoughts else None
     return Answer(str(content), str(reason), *counts, told)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__

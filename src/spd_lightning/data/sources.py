@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from spd_lightning.errors import InputError
+from spd_lightning.errors import InputError, first_line
 
 #: Files of JSON objects, and of tables by what `datasets` calls their kind.
 LINES = (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".json.gz")
 TABLES = {".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
+#: What a directory may hold besides, but nobody here can read: better refused than left out without a word.
+_UNREADABLE = (".zst", ".bz2", ".xz", ".zip", ".7z", ".tar", ".tgz")
+#: Files that describe others.
+_ABOUT = ("manifest.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+#: Words of a file's name by which it is of one side of a split, or of the other.
+_TRAIN, _HELDOUT = {"train"}, {"test", "validation", "valid", "val", "dev", "eval", "heldout"}
 _EMBEDDED = Path(__file__).resolve().parent.parent / "embedded" / "documentation"
 #: What `columns` can name.
 COLUMNS = ("messages", "prompt", "response", "system", "text", "tools", "id")
@@ -26,9 +36,9 @@ class Source:
         path: a .jsonl, .json (both also .gz), .parquet or .csv file, a directory of them, a data set written by
             `save_to_disk`, or a hub id; documentation:train and documentation:heldout ship with the package.
         config: configuration of a hub data set.
-        split: its split.
+        split: its split, or that of what `save_to_disk` wrote.
         revision: its branch, tag or commit.
-        files: pattern of the files to read of it, where it holds others too.
+        files: pattern of the files to read of it, or of a directory, where it holds others too.
         weight: how often a conversation is seen per epoch on average: 2 shows each one twice, 0.5 another half of
             them in every epoch.
         columns: which column holds what, where its name is not one of the usual: {prompt: question, response:
@@ -48,7 +58,7 @@ class Source:
     def __post_init__(self) -> None:
         if not self.path:
             raise InputError("a source has an empty path: expected a file, a directory or a hub id.")
-        if not self.weight > 0:
+        if not (self.weight > 0 and math.isfinite(self.weight)):
             raise InputError(f"source {self.path}: weight={self.weight}: expected a positive number.")
         if self.rows is not None and self.rows < 1:
             raise InputError(f"source {self.path}: rows={self.rows}: expected at least 1.")
@@ -85,7 +95,8 @@ class Source:
         return cls(path, columns=columns, **options)
 
     def __str__(self) -> str:
-        details = [x for x in (self.config, self.files, self.split if not self.is_local else None, self.revision) if x]
+        has_splits = not self.is_local or self._splits
+        details = [x for x in (self.config, self.files, self.split if has_splits else None, self.revision) if x]
         return f"{self.path} [{', '.join(details)}]" if details else self.path
 
     @property
@@ -105,13 +116,28 @@ class Source:
         """The JSON or table files of a local source, in the order in which they are read."""
         if not self.local.is_dir():
             return [self.local]
-        found = sorted(p for p in self.local.rglob("*") if p.is_file() and p.name.endswith((*LINES, *TABLES)))
-        return [p for p in found if not p.name.startswith(".") and "manifest" not in p.name]
+        return [p for p in self._visible_files() if p.name.endswith((*LINES, *TABLES)) and p.name not in _ABOUT]
+
+    def _visible_files(self) -> list[Path]:
+        """All files of a directory that match `files` and are not hidden."""
+        found = []
+        for path in sorted(self.local.rglob("*")):
+            relative = path.relative_to(self.local)
+            hidden = any(part.startswith(".") for part in relative.parts)
+            if path.is_file() and not hidden and (self.files is None or fnmatch(str(relative), self.files)):
+                found.append(path)
+        return found
 
     @property
     def is_saved(self) -> bool:
-        """Whether it was written by `Dataset.save_to_disk`."""
-        return (self.local / "state.json").is_file() and (self.local / "dataset_info.json").is_file()
+        """Whether it was written by `save_to_disk`."""
+        return (self.local / "state.json").is_file() or (self.local / "dataset_dict.json").is_file()
+
+    @property
+    def _splits(self) -> list[str] | None:
+        """The splits of what `DatasetDict.save_to_disk` wrote."""
+        path = self.local / "dataset_dict.json"
+        return list(json.loads(path.read_text(encoding="utf-8"))["splits"]) if path.is_file() else None
 
     def check(self, name: str) -> None:
         """Refuse what is not there or not readable by kind, before anything is loaded."""
@@ -119,17 +145,51 @@ class Source:
             return
         if not self.local.exists():
             raise InputError(f"{name}={self.path!r} does not exist: expected a file, a directory or a hub id.")
+        self._check_options(name)
         if self.is_saved:
             return
         files = self.local_files()
         if not files:
-            kinds = ", ".join((*LINES, *TABLES))
-            raise InputError(f"{name}={self.path!r} holds no data files: expected {kinds}.")
+            kinds, which = ", ".join((*LINES, *TABLES)), "" if self.files is None else f" named {self.files}"
+            raise InputError(f"{name}={self.path!r} holds no data files{which}: expected {kinds}.")
+        if self.local.is_dir():
+            self._check_directory(name, files)
         for file in files:
             if not file.name.endswith((*LINES, *TABLES)):
                 raise InputError(f"{name}={str(file)!r}: expected a file ending in {', '.join((*LINES, *TABLES))}.")
         if all(file.stat().st_size == 0 for file in files):
             raise InputError(f"{name}={self.path!r} is empty: expected one conversation per line.")
+
+    def _check_options(self, name: str) -> None:
+        """Refuse options that a local source does not have."""
+        for option in ("config", "revision"):
+            if (value := getattr(self, option)) is not None:
+                raise InputError(f"{name}={self.path!r}: {option}={value}: only hub data sets have one. Remove it.")
+        splits = self._splits
+        if splits is not None and self.split not in splits:
+            raise InputError(f"{name}={self.path!r}: split={self.split}: expected one of {', '.join(splits)}.")
+        if splits is None and self.split != "train":
+            raise InputError(
+                f"{name}={self.path!r}: split={self.split}: files have no splits. Name the files instead: "
+                f"files=*{self.split}*."
+            )
+        if self.files is not None and (self.is_saved or not self.local.is_dir()):
+            raise InputError(f"{name}={self.path!r}: files={self.files}: expected a directory of files. Remove it.")
+
+    def _check_directory(self, name: str, files: Sequence[Path]) -> None:
+        """Refuse a directory whose reading would mix splits, or leave files out, without a word."""
+        words = [set(re.split(r"[^a-z]+", str(p.relative_to(self.local)).casefold())) for p in files]
+        sides = [[f.name for f, w in zip(files, words, strict=True) if w & side] for side in (_TRAIN, _HELDOUT)]
+        if all(sides):
+            raise InputError(
+                f"{name}={self.path!r} holds several splits: {sides[0][0]}, {sides[1][0]}. Say which to read: "
+                "files=*train*, or name the file."
+            )
+        if others := [p for p in self._visible_files() if p.suffix in _UNREADABLE]:
+            raise InputError(
+                f"{name}={self.path!r} holds {others[0].name}, which cannot be read: unpack it, or name the files to "
+                "read: files=*.jsonl."
+            )
 
     def fingerprint(self) -> Any:
         """What changes when the rows do: names, sizes and times of local files; id, split and commit of the hub."""
@@ -177,11 +237,6 @@ class quiet_datasets:
         from datasets.utils import logging
 
         logging.set_verbosity(self.before)
-
-
-def first_line(error: BaseException) -> str:
-    cause = error.__cause__ if error.__cause__ is not None and not str(error).strip() else error
-    return (str(cause).strip().splitlines() or [type(cause).__name__])[0]
 
 
 def digest(*parts: str) -> str:

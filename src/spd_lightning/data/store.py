@@ -26,10 +26,11 @@ from spd_lightning.data.cleaning import Cleaner
 from spd_lightning.data.parallel import chunks, ordered_map
 from spd_lightning.data.progress import Progress
 from spd_lightning.data.reading import Row, count_rows, read
-from spd_lightning.data.sources import Source
 from spd_lightning.data.tally import BadRowError, Tally
 from spd_lightning.errors import InputError
 from spd_lightning.target.loading import Loading, load_tokenizer
+
+_NOTHING_DRAFTED = BadRowError("no labelled token", "but the first of a turn, which no head drafts")
 
 
 @dataclass
@@ -66,6 +67,8 @@ class Encoding:
         made = self.encoder.encode([found for _, found in kept])
         result = []
         for (row, found), samples in zip(kept, made, strict=True):
+            if not isinstance(samples, BadRowError):
+                samples = [sample for sample in samples if sample.drafted] or _NOTHING_DRAFTED
             if isinstance(samples, BadRowError):
                 tally.kept -= 1
                 tally.add_bad(samples.at(row.place))
@@ -85,11 +88,11 @@ class Encoding:
         content = {
             "sources": [source.fingerprint() for source in self.cleaner.sources],
             "cleaning": asdict(self.cleaner.cleaning) | {"max_bad_share": None},
-            "decontaminate": [Source.parse(name).fingerprint() for name in self.cleaner.cleaning.decontaminate],
+            "benchmarks": self.cleaner.cleaning.fingerprint(),
             "split": [self.cleaner.part, self.cleaner.heldout_share],
             "chat": asdict(self.chat) | {"template": self.encoder.template},
             "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
-            "special": sorted(self.encoder.special),
+            "special": [sorted(self.encoder.special), {k: str(v) for k, v in tokenizer.special_tokens_map.items()}],
             "max_length": self.max_length,
             "code": [_code(), *(version(name) for name in ("transformers", "tokenizers"))],
         }
@@ -203,8 +206,7 @@ def _build(encoding: Encoding, path: Path, name: str, workers: int, progress: Pr
     for left in path.parent.glob(f".{path.name}-*"):  # by a process that was killed: this one holds the lock
         shutil.rmtree(left, ignore_errors=True)
     temporary.mkdir()
-    sizes = [count_rows(source) for source in sources]
-    total = None if None in sizes else sum(size for size in sizes if size)
+    total = count_rows(sources)
     tally, began = Tally(), time.time()
     count = tokens = labels = 0
     largest = -1

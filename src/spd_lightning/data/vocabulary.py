@@ -23,6 +23,7 @@ import numpy as np
 
 from spd_lightning.data.store import TokenStore
 from spd_lightning.errors import InputError
+from spd_lightning.files import write_whole
 
 #: Table sizes: this and its doubles, but no more of them than fit on a screen.
 SMALLEST, MOST_SIZES = 256, 9
@@ -189,11 +190,4 @@ def write_vocabulary(path: Path, vocabulary: DraftVocabulary, provenance: Mappin
         "counts": vocabulary.train[token_ids].tolist(),
     }
     lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(value, default=str)}" for name, value in content.items())
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise InputError(f"--out {path} cannot be written: {error.strerror}.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, f"{{\n{lines}\n}}\n", "--out")

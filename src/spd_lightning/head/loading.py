@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from spd_lightning.errors import InputError
+from spd_lightning.errors import InputError, first_line
 from spd_lightning.head.config import HeadConfig, LayerStyle
 from spd_lightning.head.layout import StaircaseLayout
 from spd_lightning.head.module import SpeculationHead
@@ -288,8 +288,9 @@ def _from_hub(source: str) -> SpeculationHead:
     try:
         folder = snapshot_download(repo, revision=revision or None, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE])
     except Exception as error:  # the hub client's errors have no common base
-        message = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"head={source!r} is no local path and cannot be fetched from the hub: {message}") from error
+        raise InputError(
+            f"head={source!r} is no local path and cannot be fetched from the hub: {first_line(error)}"
+        ) from error
     return _from_folder(Path(folder))
 
 

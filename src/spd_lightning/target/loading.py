@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from transformers import PretrainedConfig
 
-from spd_lightning.errors import InputError
+from spd_lightning.errors import InputError, first_line
 from spd_lightning.staircase import resolve_stage_layers
 from spd_lightning.target.families import unsupported_reason
 from spd_lightning.target.target import Target, is_placed
@@ -172,12 +172,12 @@ def load_target(
         )
     except (ImportError, AssertionError, NotImplementedError) as error:  # a package, kernel or device is missing
         raise InputError(
-            f"target={str(path_or_id)!r} cannot be loaded in this way: {_first_line(error)} See model.loading (dtype, "
+            f"target={str(path_or_id)!r} cannot be loaded in this way: {first_line(error)} See model.loading (dtype, "
             "device_map, quantization), and quantization_config in its config.json."
         ) from error
     except Exception as error:  # safetensors, torch, OS and hub errors have no common base
         raise InputError(
-            f"target={str(path_or_id)!r}: its weights cannot be read ({_first_line(error)}). Expected complete "
+            f"target={str(path_or_id)!r}: its weights cannot be read ({first_line(error)}). Expected complete "
             "*.safetensors files that match config.json; download or copy the model again."
         ) from error
     model, found = loaded
@@ -242,7 +242,7 @@ def check_target(
     try:
         config = AutoConfig.from_pretrained(source, **loading.source)
     except Exception as error:  # a field of a wrong type raises an error class of huggingface_hub's own
-        raise InputError(f"target={str(path_or_id)!r} has no readable config.json: {_first_line(error)}") from error
+        raise InputError(f"target={str(path_or_id)!r} has no readable config.json: {first_line(error)}") from error
     if reason := unsupported_reason(config):
         raise InputError(f"target={str(path_or_id)!r} cannot be a target: {reason}.")
     if loading.attention != "auto":
@@ -263,7 +263,7 @@ def _check_attention(config: PretrainedConfig, attention: str, field: str) -> No
             AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     except Exception as error:  # ImportError, ValueError, ...: whatever the kernel's package raises
         raise InputError(
-            f"{field}={attention!r} cannot be used here: {_first_line(error)} Expected auto, eager, sdpa, "
+            f"{field}={attention!r} cannot be used here: {first_line(error)} Expected auto, eager, sdpa, "
             "flash_attention_2 or another kernel that the model supports."
         ) from error
 
@@ -277,7 +277,7 @@ def load_tokenizer(path_or_id: str | Path, loading: Loading | None = None):  # t
     try:
         return AutoTokenizer.from_pretrained(source, **(loading or Loading()).source)
     except Exception as error:  # the Rust tokenizer raises bare Exception for damaged files
-        raise InputError(f"tokenizer of {str(path_or_id)!r} cannot be read: {_first_line(error)}") from error
+        raise InputError(f"tokenizer of {str(path_or_id)!r} cannot be read: {first_line(error)}") from error
 
 
 def _source(path_or_id: str | Path) -> str | Path:
@@ -301,8 +301,3 @@ def _check_folder(source: str | Path) -> None:
         raise InputError(f"target={str(path)!r} is a file: expected a model folder or a hub id.")
     elif path.is_absolute() or str(source).startswith((".", "~")):
         raise InputError(f"target={str(source)!r} does not exist: expected a model folder, a hub id or 'tiny'.")
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -162,11 +162,14 @@ class SpdDataModule(L.LightningDataModule):
         if self.streaming:
             if self.trainer is not None and self.trainer.max_steps < 0:
                 raise InputError("data.streaming: the length of an epoch is not known. Set trainer.max_steps.")
-            return StreamedBatches(
+            streamed = StreamedBatches(
                 self.train_encoding, self.batch_size, self.seed, self.capacity, *self._place, self.window,
                 self.num_workers,
             )  # fmt: skip
+            streamed.resume(*self._progress)
+            return streamed
         assert self.train_samples is not None, "setup has not run"
+        self.batches.resume(*self._progress)
         return self._loader(self.train_samples, self.batches, self.capacity)
 
     def val_dataloader(self) -> DataLoader[Batch]:
@@ -175,16 +178,17 @@ class SpdDataModule(L.LightningDataModule):
         count = min(self.validation_samples, len(self.validation_set))
         if count < world:  # a rank without a batch would skip the validation that the others wait in
             raise InputError(f"data.validation_samples={count}: expected at least one for each of {world} ranks.")
-        chosen = [[index] for index in range(count)[rank::world]]
+        chosen = [[index] for index in self._validation_order()[:count].tolist()[rank::world]]
         return self._loader(self.validation_set, list(chunks(chosen, self.batch_size)), None)
 
     def prompts(self, count: int, skip: int = 0) -> list[list[int]]:
         """Held-out prompts for real decoding, up to the first assistant turn. InputError if there are too few."""
         assert self.validation_set is not None, "setup has not run"
         found: list[list[int]] = []
-        for sample in self.validation_set:
+        for index in self._validation_order().tolist():
             if len(found) == skip + count:
                 break
+            sample = self.validation_set[index]
             if 0 < len(sample.prompt) < len(sample):
                 found.append(sample.prompt)
         if len(found) < skip + count:
@@ -195,10 +199,36 @@ class SpdDataModule(L.LightningDataModule):
             )
         return found[skip : skip + count]
 
+    def _validation_order(self) -> np.ndarray:
+        """Held-out samples so that any first part of them holds every source in proportion to its size."""
+        assert self.validation_set is not None, "setup has not run"
+        sources = self.validation_set.source_numbers
+        within = np.empty(len(sources))
+        for source in np.unique(sources):
+            (places,) = np.nonzero(sources == source)
+            within[places] = (np.arange(len(places)) + 0.5) / len(places)
+        return np.argsort(within, kind="stable")
+
     @property
     def _place(self) -> tuple[int, int]:
         """Rank and number of ranks."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    @property
+    def _progress(self) -> tuple[int, int]:
+        """The epoch that training is in, and how many of its batches it has seen: of a checkpoint, those before it.
+
+        Asked for when the loader is made, as its workers fetch batches before Lightning announces the epoch.
+        """
+        if self.trainer is None:
+            return 0, 0
+        loop: Any = self.trainer.fit_loop
+        epochs, batches = loop.epoch_progress.current, loop.epoch_loop.batch_progress
+        if epochs.ready == epochs.processed:  # between two epochs
+            return epochs.processed, 0
+        if batches.is_last_batch:  # saved after an epoch's last batch, before its end was counted
+            return epochs.processed + 1, 0
+        return epochs.processed, batches.current.processed
 
     def _loader(self, samples: TokenStore, batches: Any, capacity: int | None) -> DataLoader[Batch]:
         return DataLoader(
@@ -279,7 +309,7 @@ class StreamedBatches:
     ) -> None:
         self.encoding, self.batch_size, self.seed, self.capacity = encoding, batch_size, seed, capacity
         self.rank, self.world_size, self.window, self.num_workers = rank, world_size, window, num_workers
-        self.epoch = 0
+        self.epoch = self._skip = 0
         self.tally = Tally()
 
     @property
@@ -288,16 +318,23 @@ class StreamedBatches:
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+        if epoch != self.epoch:
+            self.epoch, self._skip = epoch, 0
+
+    def resume(self, epoch: int, skip: int) -> None:
+        """Go on after the first `skip` batches of an epoch: they are read again, but not shown."""
+        self.epoch, self._skip = epoch, skip
 
     def __iter__(self) -> Iterator[Batch]:
+        skip = self._skip
         round_: list[list[list[Sample]]] = []  # batches that the ranks take at the same time
         for samples, rows in self._planned():
             for batch in rows:
                 round_.append([[samples[i] for i in row] for row in batch])
                 if len(round_) == self.world_size:
-                    yield collate(round_[self.rank], self.capacity)
-                    round_ = []
+                    if not skip:
+                        yield collate(round_[self.rank], self.capacity)
+                    skip, round_ = max(0, skip - 1), []
 
     def _planned(self) -> Iterator[tuple[list[Sample], list[Rows]]]:
         self.tally = Tally()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from spd_lightning.commands.data import common
 from spd_lightning.commands.parsing import CommandParser
 from spd_lightning.errors import InputError
+from spd_lightning.files import write_whole
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -200,12 +200,5 @@ def _write_html(path: Path, encoding: Encoding, found: Scan, summary: list[str])
     from spd_lightning.data.preview import html_page
 
     page: Any = html_page(found.shown, encoding.encoder, summary)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(page, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise InputError(f"--html {path} cannot be written: {error.strerror}.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, page, "--html")
     print(f"wrote {path}", file=sys.stderr)

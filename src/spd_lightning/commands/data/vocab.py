@@ -83,9 +83,6 @@ def run(argv: list[str]) -> int:
         check_size(options.size, ids.always, ids.count)
     stores = _stores(options)
     train, heldout = (label_counts(store, ids.count) for store in stores)
-    for name, counts in (("SOURCE", train), (_heldout_name(options), heldout)):
-        if not counts.any():
-            raise InputError(f"{name}: no token is drafted: expected assistant turns of more than one token.")
     order = ranking(train, ids.always)
     size = options.size or max(len(ids.always), size_for_coverage(train, order, options.coverage))
     vocabulary = DraftVocabulary(order, size, train, heldout)
