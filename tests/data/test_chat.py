@@ -375,6 +375,12 @@ def test_a_file_replaces_the_template_of_the_tokenizer(make_tokenizer: Callable[
     assert ChatEncoder(make_tokenizer(None), 100, options)(TWO_ROUNDS) == ChatEncoder(make_tokenizer(), 100)(TWO_ROUNDS)
 
 
+def test_a_template_file_that_is_no_text_is_refused(make_tokenizer: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "x.jinja").write_bytes(b"\xff")
+    with pytest.raises(InputError, match=r"data\.chat\.template=.*x\.jinja' cannot be read"):
+        ChatEncoder(make_tokenizer(), 8, ChatOptions(template=str(tmp_path / "x.jinja")))
+
+
 def test_arguments_reach_the_template_and_its_date_is_the_fixed_one(make_tokenizer: Callable[..., Any]) -> None:
     template = '{{ effort }} {{ strftime_now("%d %b %Y") if strftime_now is defined }}|' + UNTAGGED
     for each in (template, template + "{% if false %}{% generation %}{% endgeneration %}{% endif %}"):

@@ -108,6 +108,13 @@ def test_the_prompts_of_real_benchmarks_are_all_found() -> None:
         assert len(clean(rows(*(f"question {number}" for number in range(50))))[0]) == 50
 
 
+def test_a_benchmark_whose_messages_are_no_list_is_refused_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "bench.jsonl"
+    path.write_text('{"messages": "text"}\n{"messages": ["text"]}\n')
+    with pytest.raises(InputError, match="no question found"):
+        Cleaner((), Cleaning(decontaminate=[str(path)])).contaminated(Conversation("", text="text"))
+
+
 def test_impossible_settings_are_refused() -> None:
     with pytest.raises(InputError, match="max_bad_share=1.5"):
         Cleaning(max_bad_share=1.5)

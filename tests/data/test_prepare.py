@@ -94,6 +94,33 @@ def test_the_same_again_does_nothing_and_something_else_is_refused(corpus: Path,
         prepare(preparation, out)
 
 
+def test_an_edited_benchmark_and_a_manifest_of_other_origin_are_another_corpus(corpus: Path, tmp_path: Path) -> None:
+    out, benchmark = tmp_path / "out", tmp_path / "bench.jsonl"
+    benchmark.write_text('{"question": "a question of no importance"}\n')
+    preparation = Preparation((Source(str(corpus)),), Cleaning(decontaminate=[str(benchmark)]))
+    prepare(preparation, out)
+    assert not prepare(preparation, out)[1]
+    benchmark.write_text('{"question": "another question of no importance"}\n')
+    manifest = (out / "manifest.json").read_text()
+    for content in (manifest, manifest[:-9], "[1]"):
+        (out / "manifest.json").write_text(content)
+        with pytest.raises(InputError, match=r"--out .* holds another corpus"):
+            prepare(preparation, out)
+
+
+def test_two_processes_with_one_folder_write_it_once(corpus: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "spd_lightning", "data", "prepare", str(corpus), "--out", str(tmp_path / "out")]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate()[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert sorted("made before" in text for text in said) == [False, True]
+
+
+def test_a_folder_that_cannot_be_written_ends_with_one_line(corpus: Path) -> None:
+    with pytest.raises(InputError, match=r"--out '/proc/none' cannot be written"):
+        prepare(Preparation((Source(str(corpus)),)), Path("/proc/none"))
+
+
 def test_a_limit_reads_that_many_rows(corpus: Path, tmp_path: Path) -> None:
     manifest, _ = prepare(Preparation((Source(str(corpus)),), limit=100), tmp_path / "out")
     assert manifest["tally"]["read"] == sum(manifest["conversations"].values()) == 100

@@ -166,6 +166,15 @@ def test_a_streamed_mixture_of_unknown_size_asks_for_it(tmp_path: Path) -> None:
 # -- broken files ----------------------------------------------------------------------------------------------------
 
 
+def test_rows_of_a_broken_table_are_not_counted_but_refused_when_they_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
+    for content in (b"", b"PAR1 and nothing else PAR1"):
+        path.write_bytes(content)
+        assert module.count_rows([Source(str(path))]) is None
+        with pytest.raises(InputError, match=r"x\.parquet cannot be (read|loaded)"):
+            contents(Source(str(path)))
+
+
 def test_a_truncated_last_line_is_named_and_the_others_are_read(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     path.write_bytes(lines(ROWS[:5])[:-10])

@@ -108,7 +108,10 @@ def test_whatever_changes_the_tokens_changes_the_name(
     grown = replace(encoding, _encoder=None)
     grown.encoder.tokenizer.add_tokens(["<|new|>"])
     names["tokenizer"] = grown.fingerprint()
-    assert tokenizer is not grown.encoder.tokenizer
+    renamed = replace(encoding, _encoder=None)
+    renamed.encoder.tokenizer.eos_token = renamed.encoder.tokenizer.pad_token  # what templates read as eos_token
+    names["special tokens"] = renamed.fingerprint()
+    assert tokenizer is not grown.encoder.tokenizer is not renamed.encoder.tokenizer
     monkeypatch.setattr(module, "_code", lambda: "another version")
     names["code"] = encoding.fingerprint()
     monkeypatch.undo()
