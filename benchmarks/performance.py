@@ -1,4 +1,4 @@
-"""Renew the tables of docs/performance.md from benchmarks/records/{training_cost,rollback,data}.json.
+"""Renew the tables of docs/performance.md from benchmarks/records/{training_cost,rollback,data,regeneration}.json.
 
     python benchmarks/training_cost.py && python benchmarks/rollback.py && python benchmarks/data.py
     python benchmarks/performance.py
@@ -35,9 +35,10 @@ def source(record: dict[str, Any]) -> str:
     dirty = " (with changes)" if record["dirty"] else ""
     load = record.get("load_average")
     busy = f" Load average of the machine at the end: {load[1]}." if load else ""
+    threads = "one thread" if machine["threads_used"] == 1 else f"{machine['threads_used']} threads"
     return (
         f"`python {' '.join(record['argv'])}`, {record['date'][:10]}, commit {record['commit'][:7]}{dirty}, torch "
-        f"{versions['torch']}, one thread of {machine['processor']} ({machine['cores']} cores).{busy}"
+        f"{versions['torch']}, {threads} of {machine['processor']} ({machine['cores']} cores).{busy}"
     )
 
 
@@ -207,12 +208,33 @@ def data_packing(record: dict[str, Any]) -> str:
     )
 
 
+def regeneration(record: dict[str, Any]) -> str:
+    def cell(row: dict[str, Any]) -> str:
+        low, high = row["acceptance_interval"]
+        return f"{row['acceptance']:.3f} ({low:.3f} - {high:.3f})"
+
+    return markdown(
+        "responses | training tokens | p, T = 0 (95 %) | p, T = 1 (95 %) | S, T = 0",
+        (
+            [
+                case["responses"],
+                f"{case['tokens']:,}",
+                *(cell(case["final"][temperature]) for temperature in ("0", "1")),
+                f"{case['final']['0']['theoretical_speedup']:.2f}",
+            ]
+            for case in record["cases"]
+        ),
+    )
+
+
 #: Name of a table in the document -> what makes it, and from which record.
 TABLES = {f.__name__: (f, "training_cost") for f in (source, step, attention, memory, profile, arithmetic)}
 TABLES |= {f.__name__: (f, "rollback") for f in (rollback, rollback_memory)}
 TABLES["rollback_source"] = (source, "rollback")
 TABLES |= {f.__name__: (f, "data") for f in (data_preparation, data_packing)}
 TABLES["data_source"] = (source, "data")
+TABLES |= {f.__name__: (f, "regeneration") for f in (regeneration,)}
+TABLES["regeneration_source"] = (source, "regeneration")
 
 
 def main() -> None:
