@@ -339,7 +339,11 @@ def test_nothing_but_empty_responses_is_an_error_without_a_file(command, stub, t
 
 def test_an_interrupted_run_ends_without_a_traceback_and_goes_on(command, stub, corpus, tmp_path):
     stub.delay = 0.3
-    script = "import sys; from spd_lightning.cli import main; sys.exit(main(sys.argv[1:]))"
+    # a job that a shell puts in the background inherits that SIGINT is ignored
+    script = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from spd_lightning.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
     arguments = ["data", "regenerate", str(corpus), "--base-url", stub.url, "--concurrency", "1", "--out"]
     process = subprocess.Popen(
         [sys.executable, "-c", script, *arguments, str(tmp_path / "out")], stderr=subprocess.PIPE, text=True
