@@ -89,7 +89,8 @@ def test_a_directory_of_several_splits_is_read_by_the_files_that_are_named(tmp_p
 
 def test_a_directory_with_files_that_cannot_be_read_is_refused_and_hidden_ones_do_not_count(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(lines(ROWS[:3]))
-    (tmp_path / "manifesto.jsonl").write_bytes(lines(ROWS[3:5]))
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "test-run.jsonl").write_bytes(lines(ROWS[3:5]))
     (tmp_path / ".hidden").mkdir()
     (tmp_path / ".hidden" / "b.jsonl").write_bytes(lines(ROWS))
     Source(str(tmp_path)).check("data.train")

@@ -178,11 +178,12 @@ class Source:
 
     def _check_directory(self, name: str, files: Sequence[Path]) -> None:
         """Refuse a directory whose reading would mix splits, or leave files out, without a word."""
-        words = [set(re.split(r"[^a-z]+", str(p.relative_to(self.local)).casefold())) for p in files]
-        sides = [[f.name for f, w in zip(files, words, strict=True) if w & side] for side in (_TRAIN, _HELDOUT)]
-        if all(sides):
+        words = {p: set(re.split(r"[^a-z]+", str(p.relative_to(self.local)).casefold())) for p in files}
+        train = [p.name for p in files if words[p] & _TRAIN]
+        heldout = [p.name for p in files if words[p] & _HELDOUT and not words[p] & _TRAIN]
+        if train and heldout:
             raise InputError(
-                f"{name}={self.path!r} holds several splits: {sides[0][0]}, {sides[1][0]}. Say which to read: "
+                f"{name}={self.path!r} holds several splits: {train[0]}, {heldout[0]}. Say which to read: "
                 "files=*train*, or name the file."
             )
         if others := [p for p in self._visible_files() if p.suffix in _UNREADABLE]:
