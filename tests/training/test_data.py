@@ -86,21 +86,40 @@ def test_lightning_announces_the_epoch_so_that_every_epoch_has_its_own_order(
     assert len(module.validated) == 2 * len(data.validation_set), "validation takes every sample, in every epoch"
 
 
-@pytest.mark.parametrize("step", [4, 10, 20], ids=["in the middle", "at the end of the first", "of the second"])
-@pytest.mark.parametrize(("streaming", "workers"), [(False, 0), (False, 1), (True, 0), (True, 1)])
+_STEPS = {"every_n_train_steps": 1}
+_EPOCHS = {"every_n_epochs": 1}
+
+
+@pytest.mark.parametrize(
+    ("step", "saved"),
+    [
+        pytest.param(4, _STEPS, id="in the middle of an epoch"),
+        pytest.param(10, _STEPS, id="at its last step"),
+        pytest.param(20, _STEPS, id="at the last step of the second"),
+        pytest.param(15, _EPOCHS | {"save_on_train_epoch_end": False}, id="after a validation in the middle"),
+        pytest.param(20, _EPOCHS | {"save_on_train_epoch_end": False}, id="after one at the end"),
+        pytest.param(20, _EPOCHS | {"save_on_train_epoch_end": True}, id="at the end of an epoch"),
+    ],
+)
+@pytest.mark.parametrize(("streaming", "workers"), [(False, 0), (False, 1), (True, 0)])
 def test_a_resumed_run_is_shown_what_the_whole_one_was(
-    make_data: Callable[..., SpdDataModule], tmp_path: Path, step: int, streaming: bool, workers: int
+    make_data: Callable[..., SpdDataModule],
+    tmp_path: Path,
+    step: int,
+    saved: dict[str, Any],
+    streaming: bool,
+    workers: int,
 ) -> None:
-    def run(**options: Any) -> list[list[int]]:
+    def run(ckpt_path: Path | None = None, **options: Any) -> list[list[int]]:
         module = Recorder()
         data = make_data(num_workers=workers, streaming=streaming, window=16, packing=False)
-        trainer(max_steps=24, limit_val_batches=0, **options.pop("trainer", {})).fit(module, datamodule=data, **options)
+        trainer(max_steps=24, val_check_interval=5, **options).fit(module, datamodule=data, ckpt_path=ckpt_path)
         return [ids for _, ids in module.seen]
 
-    keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=step, save_top_k=-1)
-    whole = run(trainer={"callbacks": [keep], "enable_checkpointing": True})
+    keep = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, **saved)
+    whole = run(callbacks=[keep], enable_checkpointing=True)
     assert whole[:10] != whole[10:20] and len(whole) == 24
-    assert run(ckpt_path=tmp_path / f"step={step}.ckpt") == whole[step:]
+    assert run(tmp_path / f"step={step}.ckpt") == whole[step:]
 
 
 @pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])

@@ -11,6 +11,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -161,8 +162,36 @@ def epoch_order(weights: np.ndarray, random: np.random.Generator, draws: np.rand
     return np.repeat(np.arange(len(weights)), times)[random.permutation(int(times.sum()))]
 
 
+class Resumable:
+    """Where an order of batches stands: in which epoch, and after how many of its batches."""
+
+    epoch = 0
+    _skip = 0
+    _ahead = 0
+
+    @property
+    def sampler(self) -> Any:
+        """Lightning announces the epoch to `sampler.set_epoch` of a loader or its batch sampler."""
+        return self
+
+    def set_epoch(self, announced: int) -> None:
+        """The epoch of the next iteration; a new one begins at its first batch."""
+        if announced - self._ahead != self.epoch:
+            self.epoch, self._skip = announced - self._ahead, 0
+
+    def resume(self, epoch: int, skip: int, ahead: int) -> None:
+        """Go on in an epoch after its first `skip` batches.
+
+        Args:
+            epoch: of the next iteration.
+            skip: batches that were shown.
+            ahead: by how much Lightning's announcements exceed the epoch.
+        """
+        self.epoch, self._skip, self._ahead = epoch, skip, ahead
+
+
 @dataclass
-class EpochBatches:
+class EpochBatches(Resumable):
     """This rank's batches of an epoch: lists of rows, each a list of samples; ranks take turns in one common order.
 
     Every rank and every epoch has the same number of batches (an epoch that packs into fewer shows its first ones
@@ -186,8 +215,6 @@ class EpochBatches:
     rank: int = 0
     world_size: int = 1
     pool: int = 32
-    epoch: int = 0
-    _skip: int = 0
 
     def __post_init__(self) -> None:
         self.lengths = np.asarray(self.lengths)
@@ -200,19 +227,6 @@ class EpochBatches:
                 f"data.train has {found} {rows}, fewer than one batch of data.batch_size={self.batch_size} for each "
                 f"of {self.world_size} ranks."
             )
-
-    @property
-    def sampler(self) -> EpochBatches:
-        """Lightning announces the epoch to `batch_sampler.sampler.set_epoch`."""
-        return self
-
-    def set_epoch(self, epoch: int) -> None:
-        if epoch != self.epoch:
-            self.epoch, self._skip = epoch, 0
-
-    def resume(self, epoch: int, skip: int) -> None:
-        """Go on after the first `skip` batches of an epoch; the next epoch is whole again."""
-        self.epoch, self._skip = epoch, skip
 
     def __len__(self) -> int:
         return self._rounds

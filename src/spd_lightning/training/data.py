@@ -16,7 +16,7 @@ import lightning as L
 import numpy as np
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from spd_lightning.data.batches import Batch, EpochBatches, Rows, collate, plan
+from spd_lightning.data.batches import Batch, EpochBatches, Resumable, Rows, collate, plan
 from spd_lightning.data.chat import ChatEncoder, ChatOptions, Sample
 from spd_lightning.data.cleaning import Cleaner, Cleaning, Part, check_sources
 from spd_lightning.data.parallel import chunks
@@ -215,20 +215,22 @@ class SpdDataModule(L.LightningDataModule):
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     @property
-    def _progress(self) -> tuple[int, int]:
-        """The epoch that training is in, and how many of its batches it has seen: of a checkpoint, those before it.
+    def _progress(self) -> tuple[int, int, int]:
+        """The arguments of `Resumable.resume`: where training stands, or the checkpoint that it goes on from.
 
         Asked for when the loader is made, as its workers fetch batches before Lightning announces the epoch.
         """
         if self.trainer is None:
-            return 0, 0
+            return 0, 0, 0
         loop: Any = self.trainer.fit_loop
         epochs, batches = loop.epoch_progress.current, loop.epoch_loop.batch_progress
-        if epochs.ready == epochs.processed:  # between two epochs
-            return epochs.processed, 0
-        if batches.is_last_batch:  # saved after an epoch's last batch, before its end was counted
-            return epochs.processed + 1, 0
-        return epochs.processed, batches.current.processed
+        # saved at an epoch's end: Lightning goes through that epoch once more, without batches, and counts it twice
+        ahead = epochs.processed - epochs.completed
+        if epochs.ready == epochs.completed:  # between two epochs
+            return epochs.completed, 0, ahead
+        if batches.is_last_batch:
+            return epochs.completed + 1, 0, ahead
+        return epochs.completed, batches.current.processed, ahead
 
     def _loader(self, samples: TokenStore, batches: Any, capacity: int | None) -> DataLoader[Batch]:
         return DataLoader(
@@ -285,9 +287,10 @@ class _Windows(IterableDataset[Any]):
             yield [replace(sample, index=(number << 24) + place) for place, sample in enumerate(listed)], tally
 
 
-class StreamedBatches:
+class StreamedBatches(Resumable):
     """This rank's batches of a streamed corpus: the same in the same order for any number of workers, and, dealt out
-    in turn, of ranks. What does not fill a batch at the end of a window goes on into the next one.
+    in turn, of ranks. What does not fill a batch at the end of a window goes on into the next one. On resuming, what was
+    shown is read again.
 
     Args:
         encoding: the corpus, and how it is tokenised. Every rank reads and tokenises all of it.
@@ -309,21 +312,7 @@ class StreamedBatches:
     ) -> None:
         self.encoding, self.batch_size, self.seed, self.capacity = encoding, batch_size, seed, capacity
         self.rank, self.world_size, self.window, self.num_workers = rank, world_size, window, num_workers
-        self.epoch = self._skip = 0
         self.tally = Tally()
-
-    @property
-    def sampler(self) -> StreamedBatches:
-        """Lightning announces the epoch to `loader.sampler.set_epoch`."""
-        return self
-
-    def set_epoch(self, epoch: int) -> None:
-        if epoch != self.epoch:
-            self.epoch, self._skip = epoch, 0
-
-    def resume(self, epoch: int, skip: int) -> None:
-        """Go on after the first `skip` batches of an epoch: they are read again, but not shown."""
-        self.epoch, self._skip = epoch, skip
 
     def __iter__(self) -> Iterator[Batch]:
         skip = self._skip
