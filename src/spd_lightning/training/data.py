@@ -289,8 +289,8 @@ class _Windows(IterableDataset[Any]):
 
 class StreamedBatches(Resumable):
     """This rank's batches of a streamed corpus: the same in the same order for any number of workers, and, dealt out
-    in turn, of ranks. What does not fill a batch at the end of a window goes on into the next one. On resuming, what was
-    shown is read again.
+    in turn, of ranks. What does not fill a batch at the end of a window goes on into the next one. On resuming, what
+    was shown is read again.
 
     Args:
         encoding: the corpus, and how it is tokenised. Every rank reads and tokenises all of it.
