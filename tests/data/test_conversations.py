@@ -41,7 +41,7 @@ def parse(row: dict[str, Any], tools: Any = "drop", **columns: str) -> Conversat
         {"messages": [ANSWER, QUESTION, ANSWER]},
         {"messages": [QUESTION, ANSWER], "prompt": "Why?", "prompt_id": "0"},
         {"messages": [], "prompt": "Why?", "response": "Because."},
-        {"messages": {"role": ["user", "assistant"], "content": ["Why?", "Because."]}},
+        {"messages": {"role": ["user", "assistant"], "content": ["Why?", "Because."], "tool_calls": None}},
         {
             "conversations": [
                 {"role": None, "content": None, "from": "human", "value": "Why?"},

@@ -95,9 +95,12 @@ def test_a_directory_with_files_that_cannot_be_read_is_refused_and_hidden_ones_d
     (tmp_path / ".hidden" / "b.jsonl").write_bytes(lines(ROWS))
     Source(str(tmp_path)).check("data.train")
     assert contents(Source(str(tmp_path))) == ROWS[:5]
+    for name in ("c.jsonl.zst", "c.csv.gz", "C.JSONL"):
+        (tmp_path / name).write_bytes(b"x")
+        with pytest.raises(InputError, match=f"{name}, which cannot be read: unpack it"):
+            Source(str(tmp_path)).check("data.train")
+        (tmp_path / name).unlink()
     (tmp_path / "c.jsonl.zst").write_bytes(b"x")
-    with pytest.raises(InputError, match=r"c\.jsonl\.zst, which cannot be read: unpack it"):
-        Source(str(tmp_path)).check("data.train")
     Source(str(tmp_path), files="*.jsonl").check("data.train")
 
 
@@ -112,6 +115,9 @@ def test_a_saved_dictionary_gives_the_split_that_is_named(tmp_path: Path) -> Non
         assert contents(source) == expected
     with pytest.raises(InputError, match="split=dev: expected one of train, test"):
         Source(str(tmp_path / "saved"), split="dev").check("data.train")
+    (tmp_path / "saved" / "dataset_dict.json").write_text("{}")
+    with pytest.raises(InputError, match=r"dataset_dict\.json cannot be read"):
+        Source(str(tmp_path / "saved")).check("data.train")
 
 
 def test_a_path_with_the_signs_of_a_pattern_is_a_path(tmp_path: Path) -> None:

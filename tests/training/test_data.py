@@ -113,13 +113,31 @@ def test_a_resumed_run_is_shown_what_the_whole_one_was(
     def run(ckpt_path: Path | None = None, **options: Any) -> list[list[int]]:
         module = Recorder()
         data = make_data(num_workers=workers, streaming=streaming, window=16, packing=False)
-        trainer(max_steps=24, val_check_interval=5, **options).fit(module, datamodule=data, ckpt_path=ckpt_path)
+        settings = {"max_steps": 24, "val_check_interval": 5} | options
+        trainer(**settings).fit(module, datamodule=data, ckpt_path=ckpt_path)
         return [ids for _, ids in module.seen]
 
     keep = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, **saved)
     whole = run(callbacks=[keep], enable_checkpointing=True)
     assert whole[:10] != whole[10:20] and len(whole) == 24
     assert run(tmp_path / f"step={step}.ckpt") == whole[step:]
+    further = ModelCheckpoint(tmp_path, filename="again-{step}", save_top_k=-1, every_n_train_steps=1)
+    run(tmp_path / f"step={step}.ckpt", callbacks=[further], enable_checkpointing=True, max_steps=step + 3)
+    assert run(tmp_path / f"again-step={step + 2}.ckpt") == whole[step + 2 :], "resumed twice"
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_run_of_epochs_goes_on_with_the_next_one(
+    make_data: Callable[..., SpdDataModule], tmp_path: Path, workers: int
+) -> None:
+    def run(ckpt_path: Path | None = None, **options: Any) -> list[list[int]]:
+        module = Recorder()
+        trainer(**options).fit(module, datamodule=make_data(num_workers=workers), ckpt_path=ckpt_path)
+        return [ids for _, ids in module.seen]
+
+    whole = run(max_epochs=3)
+    run(max_epochs=1, callbacks=[ModelCheckpoint(tmp_path, filename="one")], enable_checkpointing=True)
+    assert len(whole) == 30 and run(tmp_path / "one.ckpt", max_epochs=3) == whole[10:]
 
 
 @pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
@@ -289,14 +307,14 @@ def test_a_share_of_the_training_sources_is_held_out_by_the_opening_alone(
     assert kept[0] == kept[1]
 
 
-def streamed(data: SpdDataModule, rank: int = 0, world_size: int = 1, epoch: int = 0) -> list[Batch]:
+def streamed(data: SpdDataModule, rank: int = 0, world_size: int = 1, shown: int = 0) -> list[Batch]:
     loops = trainer(max_steps=10).fit_loop
+    loops.epoch_loop.batch_progress.total.processed = shown
     data.trainer = SimpleNamespace(  # type: ignore[assignment]
         global_rank=rank, world_size=world_size, max_steps=10, fit_loop=loops
     )
     loader = data.train_dataloader()
     assert isinstance(loader, StreamedBatches)
-    loader.sampler.set_epoch(epoch)
     return list(loader)
 
 
@@ -314,7 +332,8 @@ def test_a_stream_shows_everything_in_an_order_that_neither_workers_nor_ranks_ch
     together = [[ids_of(batch) for batch in streamed(make(), rank, 3)] for rank in range(3)]
     dealt = [batch for round_ in zip(*together, strict=True) for batch in round_]
     assert dealt == alone[: len(dealt)] and len(alone) - len(dealt) < 3
-    assert alone != [ids_of(batch) for batch in streamed(make(), epoch=1)], "every epoch has its own order"
+    assert alone[3:] == [ids_of(batch) for batch in streamed(make(), shown=3)], "on from where it was"
+    assert alone != [ids_of(batch) for batch in streamed(make(), shown=len(alone))], "every epoch has its own order"
     stored = make_data(train=two_sources, batch_size=1, packing=False)
     stored.setup("fit")
     assert stored.train_samples is not None

@@ -9,7 +9,7 @@ Shapes: B rows, S positions, D documents of a batch.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -163,31 +163,25 @@ def epoch_order(weights: np.ndarray, random: np.random.Generator, draws: np.rand
 
 
 class Resumable:
-    """Where an order of batches stands: in which epoch, and after how many of its batches."""
+    """Where an order of batches stands: in which epoch, and after how many of its batches.
+
+    Attributes:
+        epoch: of the next iteration.
+        shown: how many batches were shown in all, of a checkpoint those before it. Where it is known, it decides alone
+            where an iteration begins: Lightning may announce an epoch late, twice, or one that it goes through without
+            batches, but it counts batches right.
+    """
 
     epoch = 0
-    _skip = 0
-    _ahead = 0
+    shown: Callable[[], int] | None = None
 
     @property
     def sampler(self) -> Any:
         """Lightning announces the epoch to `sampler.set_epoch` of a loader or its batch sampler."""
         return self
 
-    def set_epoch(self, announced: int) -> None:
-        """The epoch of the next iteration; a new one begins at its first batch."""
-        if announced - self._ahead != self.epoch:
-            self.epoch, self._skip = announced - self._ahead, 0
-
-    def resume(self, epoch: int, skip: int, ahead: int) -> None:
-        """Go on in an epoch after its first `skip` batches.
-
-        Args:
-            epoch: of the next iteration.
-            skip: batches that were shown.
-            ahead: by how much Lightning's announcements exceed the epoch.
-        """
-        self.epoch, self._skip, self._ahead = epoch, skip, ahead
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
 
 
 @dataclass
@@ -232,9 +226,12 @@ class EpochBatches(Resumable):
         return self._rounds
 
     def __iter__(self) -> Iterator[Rows]:
+        skip = 0
+        if self.shown is not None:
+            self.epoch, skip = divmod(self.shown(), self._rounds)
         if self._planned != self.epoch:
             self._batches, self._planned = self._plan(self.epoch) or self._plan(0), self.epoch
-        for number in range(self._skip, self._rounds):
+        for number in range(skip, self._rounds):
             yield self._batches[(number * self.world_size + self.rank) % len(self._batches)]
 
     @property

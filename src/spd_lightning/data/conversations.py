@@ -167,8 +167,8 @@ def _messages(chat: Any) -> list[Message]:
         except (ValueError, RecursionError) as error:
             raise BadRowError("not a list of messages", f"text that is no JSON: {error}") from error
     if isinstance(chat, Mapping):  # a list of structs, as `datasets` shows what it calls a Sequence
-        columns = [value if isinstance(value, (list, tuple)) else () for value in chat.values()]
-        chat = [dict(zip(chat, message, strict=True)) for message in zip(*columns, strict=False)] or chat
+        fields = {name: value for name, value in chat.items() if isinstance(value, (list, tuple))}
+        chat = [dict(zip(fields, message, strict=True)) for message in zip(*fields.values(), strict=False)] or chat
     if not isinstance(chat, (list, tuple)):
         raise BadRowError("not a list of messages", f"found {type(chat).__name__}")
     result = []

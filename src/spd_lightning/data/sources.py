@@ -18,11 +18,12 @@ from spd_lightning.errors import InputError, first_line
 LINES = (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".json.gz")
 TABLES = {".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
 #: What a directory may hold besides, but nobody here can read: better refused than left out without a word.
-_UNREADABLE = (".zst", ".bz2", ".xz", ".zip", ".7z", ".tar", ".tgz")
+_UNREADABLE = (".gz", ".zst", ".bz2", ".xz", ".zip", ".7z", ".tar", ".tgz")
 #: Files that describe others.
 _ABOUT = ("manifest.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 #: Words of a file's name by which it is of one side of a split, or of the other.
-_TRAIN, _HELDOUT = {"train"}, {"test", "validation", "valid", "val", "dev", "eval", "heldout"}
+_TRAIN = {"train", "training"}
+_HELDOUT = {"test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation", "heldout", "held"}
 _EMBEDDED = Path(__file__).resolve().parent.parent / "embedded" / "documentation"
 #: What `columns` can name.
 COLUMNS = ("messages", "prompt", "response", "system", "text", "tools", "id")
@@ -131,13 +132,21 @@ class Source:
     @property
     def is_saved(self) -> bool:
         """Whether it was written by `save_to_disk`."""
-        return (self.local / "state.json").is_file() or (self.local / "dataset_dict.json").is_file()
+        one = all((self.local / name).is_file() for name in ("state.json", "dataset_info.json"))
+        return one or (self.local / "dataset_dict.json").is_file()
 
     @property
     def _splits(self) -> list[str] | None:
         """The splits of what `DatasetDict.save_to_disk` wrote."""
         path = self.local / "dataset_dict.json"
-        return list(json.loads(path.read_text(encoding="utf-8"))["splits"]) if path.is_file() else None
+        if not path.is_file():
+            return None
+        try:
+            return [str(name) for name in json.loads(path.read_text(encoding="utf-8"))["splits"]]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{path} cannot be read: {first_line(error)}: expected what save_to_disk writes."
+            ) from error
 
     def check(self, name: str) -> None:
         """Refuse what is not there or not readable by kind, before anything is loaded."""
@@ -186,7 +195,9 @@ class Source:
                 f"{name}={self.path!r} holds several splits: {train[0]}, {heldout[0]}. Say which to read: "
                 "files=*train*, or name the file."
             )
-        if others := [p for p in self._visible_files() if p.suffix in _UNREADABLE]:
+        readable = set(files)
+        unread = [p for p in self._visible_files() if p not in readable and p.name not in _ABOUT]
+        if others := [p for p in unread if p.name.casefold().endswith((*LINES, *TABLES, *_UNREADABLE))]:
             raise InputError(
                 f"{name}={self.path!r} holds {others[0].name}, which cannot be read: unpack it, or name the files to "
                 "read: files=*.jsonl."

@@ -166,10 +166,11 @@ class SpdDataModule(L.LightningDataModule):
                 self.train_encoding, self.batch_size, self.seed, self.capacity, *self._place, self.window,
                 self.num_workers,
             )  # fmt: skip
-            streamed.resume(*self._progress)
+            streamed.shown = self._shown
             return streamed
         assert self.train_samples is not None, "setup has not run"
-        self.batches.resume(*self._progress)
+        if self.trainer is not None:
+            self.batches.shown = self._shown
         return self._loader(self.train_samples, self.batches, self.capacity)
 
     def val_dataloader(self) -> DataLoader[Batch]:
@@ -214,23 +215,10 @@ class SpdDataModule(L.LightningDataModule):
         """Rank and number of ranks."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
-    @property
-    def _progress(self) -> tuple[int, int, int]:
-        """The arguments of `Resumable.resume`: where training stands, or the checkpoint that it goes on from.
-
-        Asked for when the loader is made, as its workers fetch batches before Lightning announces the epoch.
-        """
-        if self.trainer is None:
-            return 0, 0, 0
-        loop: Any = self.trainer.fit_loop
-        epochs, batches = loop.epoch_progress.current, loop.epoch_loop.batch_progress
-        # saved at an epoch's end: Lightning goes through that epoch once more, without batches, and counts it twice
-        ahead = epochs.processed - epochs.completed
-        if epochs.ready == epochs.completed:  # between two epochs
-            return epochs.completed, 0, ahead
-        if batches.is_last_batch:
-            return epochs.completed + 1, 0, ahead
-        return epochs.completed, batches.current.processed, ahead
+    def _shown(self) -> int:
+        """Training batches of this run so far, before a checkpoint that it goes on from included."""
+        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress if self.trainer else None
+        return progress.total.processed if progress else 0
 
     def _loader(self, samples: TokenStore, batches: Any, capacity: int | None) -> DataLoader[Batch]:
         return DataLoader(
@@ -313,17 +301,34 @@ class StreamedBatches(Resumable):
         self.encoding, self.batch_size, self.seed, self.capacity = encoding, batch_size, seed, capacity
         self.rank, self.world_size, self.window, self.num_workers = rank, world_size, window, num_workers
         self.tally = Tally()
+        self._lengths: dict[int, int] = {}  # batches of the epochs that are over
 
     def __iter__(self) -> Iterator[Batch]:
-        skip = self._skip
+        skip = 0
+        if self.shown is not None:
+            self.epoch, skip = 0, self.shown()
+            while (length := self._lengths.get(self.epoch, skip + 1)) <= skip:
+                self.epoch, skip = self.epoch + 1, skip - length
+        while True:
+            count = 0
+            for batch in self._batches():
+                count += 1
+                if count > skip:
+                    yield collate(batch, self.capacity)
+            self._lengths[self.epoch] = count
+            if count > skip or not count:
+                return
+            self.epoch, skip = self.epoch + 1, skip - count  # the run that is resumed has been through this epoch
+
+    def _batches(self) -> Iterator[list[list[Sample]]]:
+        """This rank's batches of the epoch."""
         round_: list[list[list[Sample]]] = []  # batches that the ranks take at the same time
         for samples, rows in self._planned():
             for batch in rows:
                 round_.append([[samples[i] for i in row] for row in batch])
                 if len(round_) == self.world_size:
-                    if not skip:
-                        yield collate(round_[self.rank], self.capacity)
-                    skip, round_ = max(0, skip - 1), []
+                    yield round_[self.rank]
+                    round_ = []
 
     def _planned(self) -> Iterator[tuple[list[Sample], list[Rows]]]:
         self.tally = Tally()
