@@ -80,8 +80,9 @@ class Sample:
     turns: tuple[tuple[int, int], ...]
 
     def __eq__(self, other: object) -> bool:
-        same = isinstance(other, Sample) and (self.index, self.turns) == (other.index, other.turns)
-        return same and np.array_equal(self.ids, other.ids)  # type: ignore[attr-defined]
+        if not isinstance(other, Sample) or (self.index, self.turns) != (other.index, other.turns):
+            return False
+        return np.array_equal(self.ids, other.ids)
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -54,7 +54,8 @@ def pieces(sample: Sample, encoder: ChatEncoder) -> list[Piece]:
     ids = sample.ids.tolist()
     kinds: list[Kind] = ["prompt"] * len(ids)
     for start, stop in sample.turns:
-        kinds[start:stop] = ["first", *["label"] * (stop - start - 1)]  # type: ignore[list-item]
+        later: list[Kind] = ["label"] * (stop - start - 1)
+        kinds[start:stop] = ["first", *later]
     special = [token in encoder.special for token in ids]
     borders = {border for turn in sample.turns for border in turn}
     borders |= {border for at, is_special in enumerate(special) if is_special for border in (at, at + 1)}

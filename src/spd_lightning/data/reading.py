@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 from glob import escape
+from io import BufferedIOBase
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from spd_lightning.data.sources import LINES, TABLES, Source, hub_builder, quiet_datasets
 from spd_lightning.data.tally import Bad
@@ -121,22 +123,22 @@ def _read_json(file: Path) -> Iterator[Located]:
                 yield from _read_array(file, stream)
             else:
                 yield from _read_lines(file, stream)
-    except (OSError, EOFError, gzip.zlib.error) as error:  # type: ignore[attr-defined]
+    except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{file} cannot be read to its end: {first_line(error)}") from error
 
 
-def _open(file: Path) -> IO[bytes]:
-    return gzip.open(file, "rb") if file.suffix == ".gz" else open(file, "rb")  # type: ignore[return-value]
+def _open(file: Path) -> BufferedIOBase:
+    return gzip.open(file, "rb") if file.suffix == ".gz" else open(file, "rb")
 
 
-def _first_byte(stream: IO[bytes]) -> bytes:
+def _first_byte(stream: BufferedIOBase) -> bytes:
     while (byte := stream.read(1)).isspace() or byte in (b"\xef", b"\xbb", b"\xbf"):  # also a byte order mark
         continue
     stream.seek(0)
     return byte
 
 
-def _read_lines(file: Path, stream: IO[bytes]) -> Iterator[Located]:
+def _read_lines(file: Path, stream: BufferedIOBase) -> Iterator[Located]:
     number = 0
     while line := stream.readline(LINE_LIMIT + 1):
         number += 1
@@ -169,7 +171,7 @@ def _parse(line: bytes, place: str) -> dict[str, Any] | Bad:
     return content
 
 
-def _read_array(file: Path, stream: IO[bytes]) -> Iterator[Located]:
+def _read_array(file: Path, stream: BufferedIOBase) -> Iterator[Located]:
     """Elements of one JSON array, a buffer at a time.
 
     Raises:

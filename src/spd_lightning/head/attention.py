@@ -97,7 +97,7 @@ class _StaircaseAttention(torch.autograd.Function):
     """query [B, S, r, N, D], key and value [B, S, m, K, D] -> [B, S, r, N, D]."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(  # type: ignore[override]  # autograd.Function declares (ctx, *args)
         ctx: Any,
         query: Tensor,
         key: Tensor,
@@ -125,7 +125,7 @@ class _StaircaseAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]  # the same
         query, key, value, mask, out, lse = ctx.saved_tensors
         S, r, N = query.shape[1:4]
         c, G = ctx.span, N // key.shape[3]

@@ -22,7 +22,9 @@ def read_draft_vocabulary(path: str | Path, vocab_size: int, name: str = "draft_
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"{name}={str(path)!r} cannot be read: {error}") from error
+        raise InputError(
+            f"{name}={str(path)!r} cannot be read: {error}. Expected the JSON file of data vocab."
+        ) from error
     ids = data.get("token_ids") if isinstance(data, dict) else None
     if not isinstance(ids, list) or not ids or not all(type(i) is int for i in ids):
         raise InputError(f'{name}={str(path)!r}: expected {{"token_ids": [one or more integers]}}.')

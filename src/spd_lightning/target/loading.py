@@ -277,7 +277,10 @@ def load_tokenizer(path_or_id: str | Path, loading: Loading | None = None):  # t
     try:
         return AutoTokenizer.from_pretrained(source, **(loading or Loading()).source)
     except Exception as error:  # the Rust tokenizer raises bare Exception for damaged files
-        raise InputError(f"tokenizer of {str(path_or_id)!r} cannot be read: {first_line(error)}") from error
+        raise InputError(
+            f"the tokenizer of {str(path_or_id)!r} cannot be read: {first_line(error)} Expected a model's folder or "
+            "hub id (data.tokenizer, --tokenizer or --target)."
+        ) from error
 
 
 def _source(path_or_id: str | Path) -> str | Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from importlib import import_module
 
 from spd_lightning.commands.parsing import did_you_mean
@@ -60,5 +61,9 @@ def run(argv: list[str]) -> int:
 def in_flags(message: str) -> str:
     """A message with the flags of these commands in place of a recipe's fields, which `fit` would name."""
     for field, prefix in _FLAGS:
-        message = re.sub(field, lambda found, prefix=prefix: prefix + found[1].replace("_", "-"), message)  # type: ignore[misc]
+        message = re.sub(field, partial(_flag, prefix), message)
     return message
+
+
+def _flag(prefix: str, field: re.Match[str]) -> str:
+    return prefix + field[1].replace("_", "-")
