@@ -16,7 +16,8 @@ import torch
 from spd_lightning import cli
 from spd_lightning.decoding.decoder import SpdDecoder, autoregressive_generate
 from spd_lightning.errors import InputError
-from spd_lightning.head.loading import draft_logits, load_head, new_head, save_head
+from spd_lightning.head.folder import save_head
+from spd_lightning.head.loading import draft_logits, load_head, new_head
 from spd_lightning.head.module import SpeculationHead
 from spd_lightning.head.vocabulary import read_draft_vocabulary
 from spd_lightning.target.loading import load_target, load_tokenizer
@@ -285,50 +286,6 @@ def test_a_source_that_holds_no_head_is_refused_by_its_path(tmp_path: Path) -> N
         refusal(lambda name=name: load_head(tmp_path / name), str(tmp_path / name), "does not exist")  # type: ignore[misc]
     (tmp_path / "notes.txt").write_text("")
     refusal(lambda: load_head(tmp_path / "notes.txt"), str(tmp_path / "notes.txt"), "folder, .ckpt or .pt")
-
-
-@pytest.mark.parametrize(
-    ("damage", "says"),
-    [
-        (lambda path: truncate(path / "model.safetensors"), ["model.safetensors cannot be read", "truncated"]),
-        (lambda path: truncate(path / "config.json"), ["config.json is not a readable head config"]),
-        (lambda path: edit(path / "config.json", format="spd-head/9"), ["config.json", '"format": "spd-head/1"']),
-        (lambda path: edit(path / "config.json", format=...), ["config.json", '"format": "spd-head/1"']),
-        (lambda path: (path / "config.json").write_text("[1]"), ["config.json", '"format": "spd-head/1"']),
-        (lambda path: edit(path / "config.json", colour="red"), ["config.json", "unknown fields ['colour']"]),
-        (lambda path: edit(path / "config.json", num_layers=...), ["config.json", "num_layers"]),
-        (lambda path: edit(path / "config.json", anchors=[1, 4]), ["config.json", "anchors=[1, 4]"]),
-        (lambda path: edit(path / "config.json", anchors="all"), ["config.json"]),
-        (lambda path: edit(path / "config.json", num_layers=3), ["model.safetensors", "layers.2", "no such tensor"]),
-        (lambda path: edit(path / "config.json", num_layers=1), ["model.safetensors", "layers.1", "no such tensor"]),
-        (lambda path: edit(path / "config.json", vocab_size=60), ["lm_head.weight: expected [60, 32]", "[64, 32]"]),
-        (lambda path: edit(path / "config.json", draft_token_ids=[3, 99]), ["draft_token_ids", "within 0..63"]),
-        (lambda path: edit(path / "config.json", hidden_act="no_such"), ["config", "no_such"]),
-        (lambda path: edit(path / "config.json", hidden_size=-1), ["config.json", "hidden_size=-1"]),
-        (lambda path: edit(path / "config.json", num_layers="two"), ["config.json", "num_layers='two'"]),
-        (lambda path: edit(path / "config.json", rope_parameters={"rope_type": "no_such"}), ["config", "no_such"]),
-        (lambda path: edit(path / "config.json", kind="banana"), ["config.json", "kind='banana'"]),
-        (lambda path: edit(path / "config.json", logit_softcap=0.0), ["config.json", "logit_softcap=0.0"]),
-        (lambda path: edit(path / "config.json", logit_softcap="x"), ["config.json", "logit_softcap='x'"]),
-        (lambda path: edit(path / "config.json", style={"norms": "around"}), ["style.norms='around'", "before"]),
-        (lambda path: edit(path / "config.json", style={"qk_norm": 1}), ["style.qk_norm=1", "head, row, none"]),
-        (lambda path: edit(path / "config.json", style={"gate": "yes"}), ["style.gate='yes'", "true or false"]),
-        (lambda path: edit(path / "config.json", style={"colour": 1}), ["config.json", "colour"]),
-        (lambda path: edit(path / "config.json", hidden_size=33), ["model.safetensors", "expected"]),
-    ],
-    ids=[
-        "truncated weights", "truncated config", "other format", "no format", "a list", "unknown field",
-        "missing field", "anchors", "anchors of a wrong type", "missing tensor", "foreign tensor", "wrong shape",
-        "draft ids", "activation", "negative size", "layers as text", "rope",
-        "kind", "no cap", "cap as text", "norms", "norms of queries", "gate", "unknown style", "odd size",
-    ],
-)  # fmt: skip
-def test_a_damaged_head_folder_is_refused(
-    head: SpeculationHead, tmp_path: Path, damage: Callable[[Path], None], says: list[str]
-) -> None:
-    save_head(head, tmp_path / "head")
-    damage(tmp_path / "head")
-    refusal(lambda: load_head(tmp_path / "head"), str(tmp_path / "head"), *says)
 
 
 def test_a_checkpoint_of_something_else_is_refused_by_its_path(head: SpeculationHead, tmp_path: Path) -> None:

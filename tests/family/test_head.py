@@ -18,7 +18,8 @@ from parity.test_rows import CoinDrafter, largest_difference, plain_greedy, rand
 from torch import Tensor, nn
 
 from spd_lightning.decoding.decoder import SpdDecoder
-from spd_lightning.head.loading import draft_logits, head_config, load_head, new_head, save_head
+from spd_lightning.head.folder import save_head
+from spd_lightning.head.loading import draft_logits, head_config, load_head, new_head
 from spd_lightning.head.module import HeadLayer, SpeculationHead
 from spd_lightning.target.families import dense_intermediate_size
 from spd_lightning.target.target import Target

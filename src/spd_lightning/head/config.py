@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 from spd_lightning.errors import InputError
@@ -81,15 +79,28 @@ class HeadConfig:
         for name in ("stage_layers", "anchors", "draft_token_ids"):
             value = getattr(self, name)
             if value is not None:
-                object.__setattr__(self, name, tuple(int(x) for x in value))
-        object.__setattr__(self, "rope_parameters", dict(self.rope_parameters))
+                if isinstance(value, str) or not isinstance(value, Sequence) or any(type(x) is not int for x in value):
+                    raise InputError(f"{name}={str(value)[:80]}: expected a list of integers.")
+                object.__setattr__(self, name, tuple(value))
         if isinstance(self.style, Mapping):
             object.__setattr__(self, "style", LayerStyle(**self.style))
+        if not isinstance(self.style, LayerStyle):
+            raise InputError(f"style={self.style!r}: expected an object.")
         _ = self.staircase  # refuses impossible stages and anchors
         for name in _POSITIVE:
             value = getattr(self, name)
-            if type(value) is not int or value < 1:
+            if type(value) is not int or not 1 <= value < 2**31:
                 raise InputError(f"{name}={value!r}: expected an integer of at least 1.")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise InputError(
+                f"num_attention_heads={self.num_attention_heads}: expected a multiple of "
+                f"num_key_value_heads={self.num_key_value_heads}."
+            )
+        if not (_is_number(self.rms_norm_eps) and self.rms_norm_eps >= 0):
+            raise InputError(f"rms_norm_eps={self.rms_norm_eps!r}: expected a number of at least 0.")
+        if not isinstance(self.hidden_act, str):
+            raise InputError(f"hidden_act={self.hidden_act!r}: expected the name of an activation, such as silu.")
+        self._check_rope()
         if self.kind not in ("qwen3", "target"):
             raise InputError(f"kind={self.kind!r}: expected qwen3 or target.")
         if self.logit_softcap is not None and not (_is_number(self.logit_softcap) and self.logit_softcap > 0):
@@ -101,6 +112,21 @@ class HeadConfig:
                 raise InputError(
                     f"draft_token_ids ({len(ids)} ids) must be distinct, ascending and within 0..{self.vocab_size - 1}."
                 )
+
+    def _check_rope(self) -> None:
+        rope = self.rope_parameters
+        if not isinstance(rope, Mapping) or not isinstance(rope.get("rope_type"), str):
+            raise InputError(f"rope_parameters={rope!r}: expected an object with rope_type and rope_theta.")
+        theta: Any = rope.get("rope_theta")
+        if not (_is_number(theta) and theta > 0):
+            raise InputError(f"rope_parameters.rope_theta={theta!r}: expected a positive number.")
+        object.__setattr__(self, "rope_parameters", dict(rope))
+        share = rope.get("partial_rotary_factor", 1.0)
+        if not (_is_number(share) and 0 < share <= 1) or self.rotary_dim < 2 or self.rotary_dim % 2:
+            raise InputError(
+                f"head_dim={self.head_dim} and rope_parameters.partial_rotary_factor={share!r}: expected an even "
+                "number of dimensions for RoPE to turn, at least 2."
+            )
 
     @cached_property
     def staircase(self) -> Staircase:
@@ -115,32 +141,11 @@ class HeadConfig:
     def draft_vocab_size(self) -> int:
         return self.vocab_size if self.draft_token_ids is None else len(self.draft_token_ids)
 
-    def to_json(self) -> str:
-        return json.dumps({"format": FORMAT, **asdict(self)}, indent=2) + "\n"
-
-    @classmethod
-    def from_json(cls, path: Path) -> HeadConfig:
-        """Read config.json; InputError names the file and what is wrong with it."""
-        try:
-            data = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path} is not a readable head config: {error}") from error
-        if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
-            raise InputError(f'{path} does not describe a speculation head: expected "format": "{FORMAT}".')
-        known = {f.name for f in fields(cls)}
-        if unknown := sorted(set(data) - known):
-            raise InputError(f"{path}: unknown fields {unknown}; expected {sorted(known)}.")
-        try:
-            return cls(**data)
-        except (TypeError, ValueError) as error:
-            raise InputError(f"{path}: {error}") from error
-
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-FORMAT = "spd-head/1"
 _POSITIVE = (
     "num_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
     "vocab_size", "max_position_embeddings",

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,7 +11,9 @@ import torch
 from torch import Tensor
 
 from spd_lightning.errors import InputError, first_line
+from spd_lightning.head.checkpoint import is_checkpoint, read_checkpoint
 from spd_lightning.head.config import HeadConfig, LayerStyle
+from spd_lightning.head.folder import CONFIG_FILE, WEIGHTS_FILE, read_head, save_head  # noqa: F401
 from spd_lightning.head.layout import StaircaseLayout
 from spd_lightning.head.module import SpeculationHead
 from spd_lightning.staircase import default_anchors
@@ -27,10 +27,6 @@ from spd_lightning.target.families import (
 
 if TYPE_CHECKING:
     from spd_lightning.target.target import Target
-
-CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
-#: Prefix of the head's parameters in a training checkpoint.
-CHECKPOINT_PREFIX = "head."
 
 
 def head_config(
@@ -166,6 +162,7 @@ def new_head(
             weight[:, -head.config.hidden_size :] = identity
         head.lm_head.weight.copy_(target.lm_head_rows(head.draft_token_ids))
         head.norm.weight.copy_(target.norm_weight())
+    head.origin = target.identity
     return head.to(target.device)
 
 
@@ -191,23 +188,6 @@ def draft_logits(target: Target, head: SpeculationHead, input_ids: Tensor, resta
         head.staircase, [restarts] * input_ids.shape[0], input_ids.shape[1], device=input_ids.device
     )
     return head.logits(head([state.to(head.dtype) for state in states], layout))
-
-
-def save_head(head: SpeculationHead, directory: Path, extra: dict[str, Any] | None = None) -> None:
-    """Write config.json and model.safetensors, each under a temporary name first; weights before config, so that a
-    folder with a config is complete."""
-    from safetensors.torch import save_file
-
-    directory.mkdir(parents=True, exist_ok=True)
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()}
-    temporary = directory / f".{WEIGHTS_FILE}.{os.getpid()}"
-    save_file(weights, temporary, metadata={"format": "pt"})
-    temporary.replace(directory / WEIGHTS_FILE)
-    temporary = directory / f".{CONFIG_FILE}.{os.getpid()}"
-    temporary.write_text(head.config.to_json())
-    temporary.replace(directory / CONFIG_FILE)
-    if extra is not None:
-        (directory / "provenance.json").write_text(json.dumps(extra, indent=2) + "\n")
 
 
 def load_head(
@@ -242,10 +222,18 @@ def load_head(
 
 
 def _check_same_origin(head: SpeculationHead, target: Target) -> None:
-    """Refuse a head of equal sizes whose RoPE or final norm is that of another target."""
-    ours, theirs = dict(head.config.rope_parameters), full_attention_rope(target.config)
-    if ours != theirs:
-        raise InputError(f"The head does not fit the target: RoPE is {ours} in the head and {theirs} in the target.")
+    """Refuse a head of equal sizes that was made for another target, showing both values."""
+    of_target = target.identity
+    for what, ours, theirs in (
+        ("family", head.origin.model_type, of_target.model_type),
+        ("tokenizer digest", head.origin.tokenizer_digest, of_target.tokenizer_digest),
+        ("RoPE", dict(head.config.rope_parameters), full_attention_rope(target.config)),
+    ):
+        if ours is not None and theirs is not None and ours != theirs:
+            raise InputError(
+                f"The head does not fit the target: {what} is {ours} in the head and {theirs} in the target. Load the "
+                "target that the head was trained for."
+            )
     norm = target.norm_weight()
     apart = float((head.norm.weight.detach().float().cpu() - norm).abs().max())
     if apart > 1e-2 * float(norm.abs().max()):  # either may have been rounded to bfloat16
@@ -261,15 +249,15 @@ def _read(source: str, target: Target | None) -> SpeculationHead:
         from spd_lightning.head.version11 import read_version_11
 
         return read_version_11(path, target)
-    if path.is_file() and path.suffix == ".ckpt":
-        return _from_checkpoint(path)
+    if is_checkpoint(path):
+        return read_checkpoint(path)
     if path.is_dir():
         for folder in (path, path / "head"):
             if (folder / CONFIG_FILE).is_file() and (folder / WEIGHTS_FILE).is_file():
-                return _from_folder(folder)
+                return read_head(folder)
         checkpoints = sorted((path / "checkpoints").glob("*.ckpt"), key=lambda file: file.stat().st_mtime)
         if checkpoints:
-            return _from_checkpoint(checkpoints[-1])
+            return read_checkpoint(checkpoints[-1])
         raise InputError(
             f"head={source!r} holds no head: expected {CONFIG_FILE} and {WEIGHTS_FILE} in it or in its head/ folder, "
             "or a checkpoint in its checkpoints/ folder."
@@ -291,80 +279,4 @@ def _from_hub(source: str) -> SpeculationHead:
         raise InputError(
             f"head={source!r} is no local path and cannot be fetched from the hub: {first_line(error)}"
         ) from error
-    return _from_folder(Path(folder))
-
-
-def _from_folder(folder: Path) -> SpeculationHead:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    config = HeadConfig.from_json(folder / CONFIG_FILE)
-    try:
-        weights = load_file(folder / WEIGHTS_FILE)
-    except (SafetensorError, OSError) as error:
-        raise InputError(
-            f"{folder / WEIGHTS_FILE} cannot be read ({error}): the file is truncated or damaged."
-        ) from error
-    return _filled(config, weights, folder / WEIGHTS_FILE)
-
-
-def _from_checkpoint(path: Path) -> SpeculationHead:
-    config, state = _checkpoint(path)
-    weights = {
-        name.removeprefix(CHECKPOINT_PREFIX): tensor
-        for name, tensor in state.items()
-        if name.startswith(CHECKPOINT_PREFIX)
-    }
-    return _filled(config, weights, path)
-
-
-def checkpoint_head_config(path: Path) -> HeadConfig:
-    """The configuration of the head in a training checkpoint (.ckpt); InputError where there is none."""
-    return _checkpoint(path)[0]
-
-
-def _checkpoint(path: Path) -> tuple[HeadConfig, dict[str, Tensor]]:
-    try:
-        data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # zip, pickle and runtime errors: a damaged file raises any of them
-        raise InputError(f"{path} cannot be read as a checkpoint: it is truncated or damaged.") from error
-    if not isinstance(data, dict) or "head_config" not in data or "state_dict" not in data:
-        raise InputError(f"{path} is not a checkpoint of a head training run (no head_config in it).")
-    try:
-        return HeadConfig(**data["head_config"]), data["state_dict"]
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{path}: its head_config describes no head: {error}") from error
-
-
-def _filled(config: HeadConfig, weights: dict[str, Tensor], where: Path) -> SpeculationHead:
-    """A head with these weights, every tensor present and of the right shape.
-
-    Built on the meta device first, so that a hostile config cannot allocate before it is checked against the file.
-    """
-    from huggingface_hub.errors import StrictDataclassError
-
-    try:
-        with torch.device("meta"):
-            expected = {name: tensor.shape for name, tensor in SpeculationHead(config).state_dict().items()}
-    except (KeyError, RuntimeError, TypeError, ValueError, StrictDataclassError) as error:
-        # an activation or RoPE that nobody knows
-        raise InputError(f"The config of {where} describes no head: {type(error).__name__}: {error}") from error
-    found = {name: tensor.shape for name, tensor in weights.items()}
-    wrong = [
-        f"{name}: expected {_shape(expected.get(name))}, found {_shape(found.get(name))}"
-        for name in sorted(expected.keys() | found.keys())
-        if expected.get(name) != found.get(name)
-    ]
-    if wrong:
-        raise InputError(
-            f"{where} does not hold the head that its config describes ({len(wrong)} tensors): {wrong[0]}."
-        )
-    head = SpeculationHead(config)
-    if kinds := {tensor.dtype for tensor in weights.values()}:
-        head = head.to(kinds.pop() if len(kinds) == 1 else torch.float32)
-    head.load_state_dict(weights)
-    return head
-
-
-def _shape(shape: torch.Size | None) -> str:
-    return "no such tensor" if shape is None else str(list(shape))
+    return read_head(Path(folder))

@@ -23,6 +23,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from spd_lightning.head.attention import staircase_attention
 from spd_lightning.head.config import HeadConfig
 from spd_lightning.head.layout import Rows, StaircaseLayout
+from spd_lightning.target.identity import TargetIdentity
 from spd_lightning.target.target import softcap
 
 Rotary = tuple[Tensor, Tensor]
@@ -139,6 +140,7 @@ class SpeculationHead(nn.Module):
     """The trainable aggregation head.
 
     Trained: `aggregation` (one W_k per block), `layers`, `lm_head`. Frozen: `norm`, the target's final norm.
+    `origin` says which target it was made for, as far as that is known.
     """
 
     norm: nn.RMSNorm
@@ -147,14 +149,19 @@ class SpeculationHead(nn.Module):
     def __init__(self, config: HeadConfig) -> None:
         super().__init__()
         self.config = config
+        self.origin = TargetIdentity()
         self.staircase = config.staircase
         H = config.hidden_size
         self.aggregation = nn.ModuleList(nn.Linear((k + 1) * H, H, bias=False) for k in range(len(config.anchors)))
         self.layers = nn.ModuleList(HeadLayer(config) for _ in range(config.num_layers))
         self.norm = nn.RMSNorm(H, eps=config.rms_norm_eps).requires_grad_(False)
         self.lm_head = nn.Linear(H, config.draft_vocab_size, bias=False)
-        self.rotary = _rotary_embedding(config)
-        ids = config.draft_token_ids
+        self.make_tables()
+
+    def make_tables(self) -> None:
+        """What no file holds: RoPE frequencies and the draft vocabulary as a tensor, on the default device."""
+        self.rotary = _rotary_embedding(self.config)
+        ids = self.config.draft_token_ids
         self.register_buffer("draft_token_ids", None if ids is None else torch.tensor(ids), persistent=False)
 
     @property

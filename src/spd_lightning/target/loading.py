@@ -16,6 +16,7 @@ from transformers import PretrainedConfig
 from spd_lightning.errors import InputError, first_line
 from spd_lightning.staircase import resolve_stage_layers
 from spd_lightning.target.families import unsupported_reason
+from spd_lightning.target.identity import TargetIdentity, identity_of
 from spd_lightning.target.target import Target, is_placed
 
 
@@ -188,7 +189,7 @@ def load_target(
         )
     if not is_placed(model):
         model.to(place)
-    target = Target(model, split, source=str(path_or_id), revision=loading.revision)
+    target = Target(model, split, source=str(path_or_id), loading=loading)
     if stage_layers == "auto":
         from spd_lightning.target.balance import measured_split
 
@@ -248,6 +249,24 @@ def check_target(
     if loading.attention != "auto":
         _check_attention(config, loading.attention, named("attention"))
     return config
+
+
+def target_identity(path_or_id: str | Path, loading: Loading | None = None) -> TargetIdentity:
+    """Who a target is, from its config.json and its tokenizer alone; a target without a tokenizer has no digest of it.
+
+    Raises:
+        InputError: for a missing or damaged folder or an unsupported family.
+    """
+    loading = loading or Loading()
+    config = check_target(path_or_id, replace(loading, attention="auto"))
+    try:
+        tokenizer = load_tokenizer(path_or_id, loading)
+    except InputError as error:
+        warnings.warn(f"{first_line(error)} A head is not checked against this tokenizer.", stacklevel=2)
+        tokenizer = None
+    local = Path(path_or_id).is_dir()  # a path means nothing elsewhere
+    source = Path(path_or_id).resolve().name if local else str(path_or_id)
+    return identity_of(config, source, None if local else loading.revision, tokenizer=tokenizer)
 
 
 def _check_attention(config: PretrainedConfig, attention: str, field: str) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,10 @@ from spd_lightning.errors import InputError
 from spd_lightning.staircase import Staircase, resolve_stage_layers
 from spd_lightning.target.cache import RollbackCache, rollback_layer
 from spd_lightning.target.families import has_rope_per_kind, layer_kinds, logit_softcap, unsupported_reason
+from spd_lightning.target.identity import TargetIdentity, identity_of
+
+if TYPE_CHECKING:
+    from spd_lightning.target.loading import Loading
 
 _MASKS: dict[str, Callable[..., Any]] = {
     "full_attention": create_causal_mask,
@@ -50,7 +54,8 @@ class Target(nn.Module):
         model: the Hugging Face model; its parameters never require gradients and it stays in eval mode.
         stage_layers: layers per stage, or None until a partition is chosen (`partition`).
         layer_kinds: per decoder layer, `full_attention`, `sliding_attention` or `linear_attention`.
-        source: what it was loaded from (path or hub id) and the revision; None for a model made in memory.
+        source: what it was loaded from, a path or hub id; None for a model made in memory.
+        loading: how it was loaded; None for a model made in memory.
     """
 
     def __init__(
@@ -58,13 +63,13 @@ class Target(nn.Module):
         model: PreTrainedModel,
         stage_layers: Sequence[int] | None = None,
         source: str | None = None,
-        revision: str | None = None,
+        loading: Loading | None = None,
     ) -> None:
         super().__init__()
         if reason := unsupported_reason(model.config):
             raise InputError(f"This model cannot be a target: {reason}.")
         self.model = model.eval().requires_grad_(False)
-        self.source, self.revision = source, revision
+        self.source, self.loading = source, loading
         self.stage_layers: tuple[int, ...] | None = None
         decoder = model.get_decoder()
         self._parts: Any = (decoder.embed_tokens, decoder.layers, decoder.norm, model.get_output_embeddings())
@@ -88,6 +93,18 @@ class Target(nn.Module):
     def config(self) -> Any:
         """The configuration of the text model (Hugging Face's own class)."""
         return self.model.config.get_text_config()
+
+    @cached_property
+    def identity(self) -> TargetIdentity:
+        """What a head that is made for this target remembers of it, the tokenizer's digest included.
+
+        A model that was made in memory, or lies in a folder without a tokenizer, has none.
+        """
+        if self.source is None:
+            return identity_of(self.model.config, architecture=type(self.model).__name__)
+        from spd_lightning.target.loading import target_identity
+
+        return target_identity(self.source, self.loading)
 
     @property
     def num_layers(self) -> int:

@@ -14,7 +14,8 @@ from spd_lightning.data.batches import Batch, is_packed, position_ids, supervise
 from spd_lightning.errors import InputError
 from spd_lightning.head.config import HeadConfig
 from spd_lightning.head.layout import StaircaseLayout
-from spd_lightning.head.loading import CHECKPOINT_PREFIX, new_head, resolve_head_kind
+from spd_lightning.head.checkpoint import CHECKPOINT_PREFIX
+from spd_lightning.head.loading import new_head, resolve_head_kind
 from spd_lightning.head.module import SpeculationHead
 from spd_lightning.head.vocabulary import read_draft_vocabulary
 from spd_lightning.randomness import Purpose, generator
@@ -305,6 +306,7 @@ class SpdModule(L.LightningModule):
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {k: v for k, v in state.items() if k.startswith(CHECKPOINT_PREFIX)}
         checkpoint["head_config"] = asdict(head.config)
+        checkpoint["target"] = asdict(head.origin)
         checkpoint["tokens_seen"] = self.tokens_seen
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

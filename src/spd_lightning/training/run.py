@@ -32,7 +32,9 @@ from spd_lightning.decoding.evaluation import (
 )
 from spd_lightning.decoding.sampling import Sampling
 from spd_lightning.errors import InputError
-from spd_lightning.head.loading import CHECKPOINT_PREFIX, checkpoint_head_config, load_head, save_head
+from spd_lightning.head.checkpoint import CHECKPOINT_PREFIX, checkpoint_head_config
+from spd_lightning.head.folder import save_head
+from spd_lightning.head.loading import load_head
 from spd_lightning.staircase import Staircase
 from spd_lightning.target.loading import check_target
 from spd_lightning.training.data import SpdDataModule
