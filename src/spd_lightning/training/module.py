@@ -12,9 +12,9 @@ from torch import Tensor
 
 from spd_lightning.data.batches import Batch, is_packed, position_ids, supervised_positions
 from spd_lightning.errors import InputError
+from spd_lightning.head.checkpoint import CHECKPOINT_PREFIX
 from spd_lightning.head.config import HeadConfig
 from spd_lightning.head.layout import StaircaseLayout
-from spd_lightning.head.checkpoint import CHECKPOINT_PREFIX
 from spd_lightning.head.loading import new_head, resolve_head_kind
 from spd_lightning.head.module import SpeculationHead
 from spd_lightning.head.vocabulary import read_draft_vocabulary
