@@ -68,7 +68,8 @@ def decode(tokenizer) -> Callable[..., str]:
 @pytest.fixture(scope="module")
 def models(tmp_path_factory, make_target, tokenizer) -> dict[str, Path]:
     """A random target with its tokenizer, and an untrained head for four stages, on disk."""
-    from spd_lightning.head.loading import new_head, save_head
+    from spd_lightning.head.folder import save_head
+    from spd_lightning.head.loading import new_head
 
     folder = tmp_path_factory.mktemp("models")
     target = make_target(vocab=len(tokenizer), num_stages=4, eos_token_id=None)

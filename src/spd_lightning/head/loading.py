@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from spd_lightning.errors import InputError, first_line
 from spd_lightning.head.checkpoint import is_checkpoint, read_checkpoint
 from spd_lightning.head.config import HeadConfig, LayerStyle
-from spd_lightning.head.folder import CONFIG_FILE, WEIGHTS_FILE, read_head, save_head  # noqa: F401
+from spd_lightning.head.folder import CONFIG_FILE, WEIGHTS_FILE, read_head
 from spd_lightning.head.layout import StaircaseLayout
 from spd_lightning.head.module import SpeculationHead
 from spd_lightning.staircase import default_anchors
@@ -209,7 +210,7 @@ def load_head(
     Raises:
         InputError: for a missing, truncated or foreign file, or a head that does not fit the target.
     """
-    head = _read(str(source), target)
+    head = read_source(find_head(source), target)
     if target is not None:
         from spd_lightning.target.target import check_head_fits
 
@@ -243,33 +244,67 @@ def _check_same_origin(head: SpeculationHead, target: Target) -> None:
         )
 
 
-def _read(source: str, target: Target | None) -> SpeculationHead:
+@dataclass(frozen=True)
+class HeadSource:
+    """Where a head lies.
+
+    Attributes:
+        path: a folder with config.json and model.safetensors, a checkpoint or a version-11 file.
+        kind: which of them.
+        run: the run directory that it belongs to, if it lies in one.
+    """
+
+    path: Path
+    kind: Literal["folder", "checkpoint", "version 11"]
+    run: Path | None = None
+
+
+def find_head(source: str | Path) -> HeadSource:
+    """The one resolver of sources; a hub id is fetched.
+
+    Raises:
+        InputError: where there is no head.
+    """
     path = Path(source)
     if path.is_file() and path.suffix == ".pt":
-        from spd_lightning.head.version11 import read_version_11
-
-        return read_version_11(path, target)
+        return HeadSource(path, "version 11")
     if is_checkpoint(path):
-        return read_checkpoint(path)
+        return HeadSource(path, "checkpoint", _run_around(path.parent, "checkpoints"))
     if path.is_dir():
         for folder in (path, path / "head"):
             if (folder / CONFIG_FILE).is_file() and (folder / WEIGHTS_FILE).is_file():
-                return read_head(folder)
+                return HeadSource(folder, "folder", _run_around(folder, "head"))
         checkpoints = sorted((path / "checkpoints").glob("*.ckpt"), key=lambda file: file.stat().st_mtime)
         if checkpoints:
-            return read_checkpoint(checkpoints[-1])
+            return find_head(checkpoints[-1])
         raise InputError(
-            f"head={source!r} holds no head: expected {CONFIG_FILE} and {WEIGHTS_FILE} in it or in its head/ folder, "
-            "or a checkpoint in its checkpoints/ folder."
+            f"head={str(source)!r} holds no head: expected {CONFIG_FILE} and {WEIGHTS_FILE} in it or in its head/ "
+            "folder, or a checkpoint in its checkpoints/ folder."
         )
-    if path.exists() or path.is_absolute() or source.startswith((".", "~")) or path.suffix in (".pt", ".ckpt"):
+    if path.exists() or path.is_absolute() or str(source).startswith((".", "~")) or path.suffix in (".pt", ".ckpt"):
         raise InputError(
-            f"head={source!r} does not exist or is of no known kind: expected a folder, .ckpt or .pt file."
+            f"head={str(source)!r} does not exist or is of no known kind: expected a folder, .ckpt or .pt file."
         )
-    return _from_hub(source)
+    return HeadSource(_from_hub(str(source)), "folder")
 
 
-def _from_hub(source: str) -> SpeculationHead:
+def read_source(found: HeadSource, target: Target | None = None) -> SpeculationHead:
+    """The head that lies there, as it is stored; a version-11 file needs its target."""
+    if found.kind == "folder":
+        return read_head(found.path)
+    if found.kind == "checkpoint":
+        return read_checkpoint(found.path)
+    from spd_lightning.head.version11 import read_version_11
+
+    return read_version_11(found.path, target)
+
+
+def _run_around(folder: Path, name: str) -> Path | None:
+    run = folder.resolve().parent
+    return run if folder.resolve().name == name and (run / "run.json").is_file() else None
+
+
+def _from_hub(source: str) -> Path:
     from huggingface_hub import snapshot_download
 
     repo, _, revision = source.partition("@")
@@ -279,4 +314,4 @@ def _from_hub(source: str) -> SpeculationHead:
         raise InputError(
             f"head={source!r} is no local path and cannot be fetched from the hub: {first_line(error)}"
         ) from error
-    return read_head(Path(folder))
+    return Path(folder)

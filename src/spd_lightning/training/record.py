@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-import platform
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_only
 
 from spd_lightning.errors import InputError
+from spd_lightning.provenance import command_line, commit, now, versions
 from spd_lightning.training.data import SpdDataModule
 
 _RUN_DIRECTORY = "SPD_RUN_DIRECTORY"
-_PACKAGES = ("torch", "lightning", "transformers", "datasets", "spd_lightning")
 
 
 @dataclass
@@ -31,8 +26,8 @@ class RunRecord:
 
     directory: Path
     config: dict[str, Any]
-    argv: list[str] = field(default_factory=lambda: ["spd-lightning", *sys.argv[1:]])
-    began: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
+    argv: list[str] = field(default_factory=command_line)
+    began: str = field(default_factory=now)
     seconds: dict[str, float] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)
@@ -40,7 +35,7 @@ class RunRecord:
 
     @rank_zero_only
     def save(self) -> None:
-        content = asdict(self) | {"directory": self.directory.name, "commit": _commit(), "versions": _versions()}
+        content = asdict(self) | {"directory": self.directory.name, "commit": commit(), "versions": versions()}
         content["config"] = self.config
         temporary = self.directory / ".run.json"
         temporary.write_text(json.dumps(content, indent=2, default=str) + "\n")
@@ -110,23 +105,3 @@ def plain(config: Any) -> Any:
     if isinstance(config, (list, tuple)):
         return [plain(value) for value in config]
     return config
-
-
-def _commit() -> str | None:
-    """Commit of the source tree, `+` appended if it has changes; None outside a checkout."""
-    root = Path(__file__).resolve().parent
-    options: dict[str, Any] = {"cwd": root, "capture_output": True, "text": True, "timeout": 10}
-    try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], **options)
-        dirty = subprocess.run(["git", "status", "--porcelain"], **options)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "") if head.returncode == 0 else None
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _PACKAGES:
-        with suppress(PackageNotFoundError):  # a source tree on the path need not be installed
-            found[name] = version(name)
-    return {"python": platform.python_version(), "cores": str(os.cpu_count()), **found}
