@@ -294,7 +294,7 @@ def test_a_checkpoint_of_something_else_is_refused_by_its_path(head: Speculation
         refusal(lambda name=name: load_head(tmp_path / name), str(tmp_path / name), "head_config")  # type: ignore[misc]
     torch.save({"state_dict": {f"head.{k}": v for k, v in head.state_dict().items()}}, tmp_path / "cut.ckpt")
     truncate(tmp_path / "cut.ckpt")
-    refusal(lambda: load_head(tmp_path / "cut.ckpt"), str(tmp_path / "cut.ckpt"), "truncated or damaged")
+    refusal(lambda: load_head(tmp_path / "cut.ckpt"), str(tmp_path / "cut.ckpt"), "truncated, damaged")
     torch.save({"state_dict": {}, "head_config": {"colour": "red"}}, tmp_path / "unknown.ckpt")
     refusal(lambda: load_head(tmp_path / "unknown.ckpt"), str(tmp_path / "unknown.ckpt"), "colour")
 
@@ -337,10 +337,10 @@ def test_rows_of_a_version_11_file_belong_to_its_draft_ids_in_ascending_order(ta
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
-        (lambda data: data["config"].update(version=10), ["version 10", "only version 11"]),
-        (lambda data: data["config"].pop("version"), ["version None", "only version 11"]),
-        (lambda data: data.pop("config"), ["damaged or of another kind"]),
-        (lambda data: data.update(config="text"), ["head.pt", "damaged or of another kind"]),
+        (lambda data: data["config"].update(version=10), ["version 10", "Only version 11"]),
+        (lambda data: data["config"].pop("version"), ["version 'None'", "only version 11"]),
+        (lambda data: data.pop("config"), ["head.pt", "state_dict and config"]),
+        (lambda data: data.update(config="text"), ["head.pt", "state_dict and config"]),
         (lambda data: data["config"].update(hidden_size=64), ["hidden_size is 64"]),
         (lambda data: data["config"].update(vocab_size=99), ["vocab_size is 99"]),
         (lambda data: data["config"].update(num_stages=9), ["num_stages=9"]),

@@ -35,6 +35,13 @@ COMMANDS = (
     Command("fit", "Main job", "train a speculation head for a frozen target", "fit:fit"),
     Command("validate", "Main job", "measure a head: loss, and acceptance in real decoding", "fit:validate"),
     Command("generate", "Main job", "decode with a head and see which tokens were drafts", "generate:run"),
+    Command(
+        "export",
+        "Deploy",
+        "write a head as a sealed folder that proves itself, or in a published format",
+        "export:run_export",
+    ),
+    Command("import", "Deploy", "turn a published version-11 head into such a folder", "export:run_import"),
     Command("data", "Data", "prepare, preview and regenerate conversations, count a draft vocabulary", "data:run"),
 )
 

@@ -10,6 +10,10 @@ class InputError(ValueError):
     """
 
 
+class BrokenInvariantError(RuntimeError):
+    """Something contradicted what must hold always, such as losslessness: a bug, never a matter of training."""
+
+
 def first_line(error: BaseException) -> str:
     """What an error of any library says, in one line; of one that says nothing, its cause's or its name."""
     cause = error.__cause__ if error.__cause__ is not None and not str(error).strip() else error

@@ -20,11 +20,11 @@ from spd_lightning import cli
 from spd_lightning.decoding import decoder as decoding
 from spd_lightning.decoding.decoder import SpdDecoder
 from spd_lightning.decoding.generation import Pooled
+from spd_lightning.errors import BrokenInvariantError
 from spd_lightning.head.loading import load_head
 from spd_lightning.target.loading import load_target
 from spd_lightning.training import run as runs
 from spd_lightning.training.data import SpdDataModule
-from spd_lightning.training.validation import BrokenInvariantError
 
 Arguments = Callable[..., list[str]]
 DECODING_PROMPTS, VALIDATION_SAMPLES, FINAL_PROMPTS, NEW_TOKENS = 3, 6, 4, 8

@@ -18,14 +18,14 @@ from spd_lightning.decoding import decoder as decoding
 from spd_lightning.decoding.checks import drift, lossless_divergence
 from spd_lightning.decoding.decoder import SpdDecoder, autoregressive_generate
 from spd_lightning.decoding.generation import Pooled
-from spd_lightning.errors import InputError
+from spd_lightning.errors import BrokenInvariantError, InputError
 from spd_lightning.head.loading import draft_logits, load_head, new_head
 from spd_lightning.head.module import SpeculationHead
 from spd_lightning.target.loading import Loading, load_target
 from spd_lightning.training import validation
 from spd_lightning.training.data import SpdDataModule
 from spd_lightning.training.module import SpdModule
-from spd_lightning.training.validation import BrokenInvariantError, DecodingValidation
+from spd_lightning.training.validation import DecodingValidation
 
 PROMPTS, NEW_TOKENS = 3, 10
 

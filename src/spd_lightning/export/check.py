@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from spd_lightning.errors import InputError
@@ -31,12 +31,22 @@ def check_folder(folder: Path) -> dict[str, Any]:
     apart = check_fixture(head, folder / FIXTURE_FILE)
     try:
         files = json.loads((folder / PROVENANCE_FILE).read_text(encoding="utf-8"))["files"]
+        if outside := [name for name in files if not within(name)]:
+            raise InputError(f"{folder / PROVENANCE_FILE} lists {outside[0][:80]!r}, which is no file of the folder.")
         changed = [name for name, entry in files.items() if file_digest(folder / name) != entry["sha256"]]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{folder / PROVENANCE_FILE} does not list the folder's files: {error}") from error
     if changed:
         raise InputError(f"{folder / changed[0]} was changed after the export ({len(changed)} files).")
     return {"difference": apart, "heavy": [name for name in HEAVY if name in sys.modules]}
+
+
+def within(name: str) -> bool:
+    """Whether a name that a file tells stays within its folder."""
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts and "\\" not in name and ":" not in name
 
 
 def main() -> int:

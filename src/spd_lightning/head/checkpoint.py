@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from spd_lightning.errors import InputError
 from spd_lightning.head.config import HeadConfig
 from spd_lightning.head.folder import head_from
 from spd_lightning.head.module import SpeculationHead
+from spd_lightning.head.pickled import read_pickled
 from spd_lightning.target.identity import TargetIdentity
 
 #: Prefix of the head's parameters in a training checkpoint.
@@ -51,10 +50,7 @@ def checkpoint_head_config(path: Path, content: Mapping[str, Any] | None = None)
 
 def checkpoint_fields(path: Path) -> dict[str, Any]:
     """What a checkpoint holds: head_config, state_dict, hyper_parameters, ...; tensors stay on disk until used."""
-    try:
-        data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # zip, pickle and runtime errors: a damaged file raises any of them
-        raise InputError(f"{path} cannot be read as a checkpoint: it is truncated or damaged.") from error
+    data = read_pickled(path, "a checkpoint", mmap=True)
     if not isinstance(data, dict) or "head_config" not in data or "state_dict" not in data:
         raise InputError(f"{path} is not a checkpoint of a head training run (no head_config in it).")
     return data

@@ -185,6 +185,9 @@ def head_from(config: HeadConfig, weights: Mapping[str, Tensor], where: Path) ->
         raise InputError(
             f"{where} does not hold the head that its config describes ({len(wrong)} tensors): {wrong[0]}."
         )
+    for name, tensor in weights.items():  # a view of a small storage can have any shape
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise InputError(f"{where} does not hold the head that its config describes: {name} has too few numbers.")
     dtypes = {tensor.dtype for tensor in weights.values()}
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
     head.load_state_dict({name: tensor.to(dtype) for name, tensor in weights.items()}, assign=True)

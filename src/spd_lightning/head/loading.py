@@ -212,18 +212,18 @@ def load_head(
     """
     head = read_source(find_head(source), target)
     if target is not None:
-        from spd_lightning.target.target import check_head_fits
-
-        check_head_fits(target, head.staircase, head.config.hidden_size, head.config.vocab_size)
-        _check_same_origin(head, target)
+        check_fits(head, target)
         if target.stage_layers is None:
             target.partition(stage_layers=head.staircase.stage_layers)
         dtype, device = dtype or target.dtype, device or target.device
     return head.to(device=device, dtype=dtype).eval()
 
 
-def _check_same_origin(head: SpeculationHead, target: Target) -> None:
-    """Refuse a head of equal sizes that was made for another target, showing both values."""
+def check_fits(head: SpeculationHead, target: Target) -> None:
+    """Refuse a head of other stages or sizes, or one that was made for another target, showing both values."""
+    from spd_lightning.target.target import check_head_fits
+
+    check_head_fits(target, head.staircase, head.config.hidden_size, head.config.vocab_size)
     of_target = target.identity
     for what, ours, theirs in (
         ("family", head.origin.model_type, of_target.model_type),

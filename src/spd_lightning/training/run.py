@@ -31,7 +31,7 @@ from spd_lightning.decoding.evaluation import (
     losslessness,
 )
 from spd_lightning.decoding.sampling import Sampling
-from spd_lightning.errors import InputError
+from spd_lightning.errors import BrokenInvariantError, InputError
 from spd_lightning.head.checkpoint import CHECKPOINT_PREFIX, checkpoint_head_config
 from spd_lightning.head.folder import save_head
 from spd_lightning.head.loading import load_head
@@ -41,7 +41,7 @@ from spd_lightning.training.data import SpdDataModule
 from spd_lightning.training.loggers import JsonLinesLogger
 from spd_lightning.training.module import SpdModule
 from spd_lightning.training.record import RunRecord, fingerprint, new_run_directory, plain
-from spd_lightning.training.validation import BrokenInvariantError, DecodingValidation
+from spd_lightning.training.validation import DecodingValidation
 
 
 @dataclass(frozen=True)

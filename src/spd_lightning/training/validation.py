@@ -20,17 +20,13 @@ from tqdm import tqdm
 from spd_lightning.decoding.checks import Divergence, drift, lossless_divergence
 from spd_lightning.decoding.decoder import SpdDecoder, autoregressive_generate
 from spd_lightning.decoding.generation import Generation
-from spd_lightning.errors import InputError
+from spd_lightning.errors import BrokenInvariantError, InputError
 from spd_lightning.head.module import SpeculationHead
 from spd_lightning.target.target import Target
 from spd_lightning.training.data import SpdDataModule
 
 #: Counts that ranks add up before any ratio is taken, in this order.
 COUNTS = ("prompts", "new_tokens", "cycles", "verified", "accepted", "mismatches", "ties", "drift", "drift_ties")
-
-
-class BrokenInvariantError(RuntimeError):
-    """Real decoding contradicted plain decoding or the training view: a bug, never a matter of training."""
 
 
 class DecodingValidation(L.Callback):
