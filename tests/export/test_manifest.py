@@ -30,7 +30,10 @@ def test_a_manifest_describes_the_files_beside_it(
         data = (tmp_path / manifest[part]["path"]).read_bytes()
         assert manifest[part]["bytes"] == len(data)
         assert manifest[part]["sha256"] == hashlib.sha256(data).hexdigest()
-    served, published = load_file(tmp_path / "head.safetensors"), torch.load(tmp_path / "head_v11.pt", weights_only=True)
+    served, published = (
+        load_file(tmp_path / "head.safetensors"),
+        torch.load(tmp_path / "head_v11.pt", weights_only=True),
+    )
     assert set(served) == set(published["state_dict"])
     assert all(torch.equal(tensor, published["state_dict"][name]) for name, tensor in served.items())
     assert {tensor.dtype for tensor in served.values()} == {torch.bfloat16}

@@ -7,7 +7,7 @@ seconds are no speedup. Losslessness and acceptance do not depend on the engine.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +41,7 @@ class CycleEvent:
 
 
 Observer = Callable[[CycleEvent], None]
+Stop = Callable[[Sequence[int]], bool]
 
 
 class SpdDecoder:
@@ -76,6 +77,7 @@ class SpdDecoder:
         seed: int | None = None,
         eos_token_id: int | Iterable[int] | None = None,
         observer: Observer | None = None,
+        stop: Stop | None = None,
     ) -> Generation:
         """Decode one prompt; the output has exactly the target's distribution (greedy: is exactly the target's).
 
@@ -86,6 +88,7 @@ class SpdDecoder:
             seed: of the counter-based draws; default 0.
             eos_token_id: None: generation_config, else the config, else never; []: never; an id or several.
             observer: called once per cycle.
+            stop: asked with the new tokens after each of them; the sequence ends where it says so.
 
         Raises:
             InputError: for an empty prompt, ids outside the vocabulary or more tokens than the context holds.
@@ -99,13 +102,15 @@ class SpdDecoder:
         if observer:
             observer(CycleEvent(None, None, first, None))
         tokens, accepted = [first], 0
-        while len(tokens) < max_new_tokens and tokens[-1] not in ends:
+        ended = _ended(tokens, ends, stop)
+        while len(tokens) < max_new_tokens and not ended:
             event = run.cycle()
             if event.emitted is not None:
                 tokens.append(event.emitted)
                 accepted += bool(event.accepted)
             if observer:
                 observer(event)
+            ended = event.emitted is not None and _ended(tokens, ends, stop)
         cycles = run.schedule.cycle if len(tokens) > 1 else 0
         return Generation(
             token_ids=tokens,
@@ -221,6 +226,7 @@ def autoregressive_generate(
     seed: int | None = None,
     eos_token_id: int | Iterable[int] | None = None,
     observer: Observer | None = None,
+    stop: Stop | None = None,
 ) -> Generation:
     """The baseline: one token per full target pass, through the same layers, cache and sampling as `SpdDecoder`."""
     prompt, sampling = _checked(target, input_ids, max_new_tokens), _sampling(temperature, top_k, top_p, seed)
@@ -234,7 +240,7 @@ def autoregressive_generate(
     nothing = last.new_empty(0, target.hidden_size)
     if observer:
         observer(CycleEvent(None, None, tokens[0], None))
-    while len(tokens) < max_new_tokens and tokens[-1] not in ends:
+    while len(tokens) < max_new_tokens and not _ended(tokens, ends, stop):
         position = len(prompt) + len(tokens) - 1
         hidden = target.run_layers(
             target.embed(tokens[-1]), range(target.num_layers), position, rotary, cache, {}, nothing
@@ -253,6 +259,10 @@ def autoregressive_generate(
         prefill_seconds=prefilled - began,
         decode_seconds=time.perf_counter() - prefilled,
     )
+
+
+def _ended(tokens: Sequence[int], ends: Container[int], stop: Stop | None) -> bool:
+    return tokens[-1] in ends or (stop is not None and stop(tokens))
 
 
 def _target_token(logits: Tensor, sampling: Sampling, position: int) -> int:
