@@ -42,6 +42,7 @@ COMMANDS = (
         "export:run_export",
     ),
     Command("import", "Deploy", "turn a published version-11 head into such a folder", "export:run_import"),
+    Command("bench", "Deploy", "measure a head on prompt sets: acceptance, speedup, losslessness", "bench:run"),
     Command("data", "Data", "prepare, preview and regenerate conversations, count a draft vocabulary", "data:run"),
 )
 

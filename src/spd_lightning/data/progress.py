@@ -31,7 +31,7 @@ def progress_bar(description: str, unit: str = "rows") -> Iterator[Progress]:
     class Rate(ProgressColumn):
         def render(self, task: Task) -> Text:
             speed = task.finished_speed or task.speed
-            return Text("" if speed is None else f"{speed:,.0f} {unit}/s", style="cyan")
+            return Text("" if speed is None else f"{speed:,.{0 if speed >= 10 else 1}f} {unit}/s", style="cyan")
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
     with Bars(*columns, console=console, transient=True) as bars:

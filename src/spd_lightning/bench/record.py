@@ -1,0 +1,186 @@
+"""From rows to figures: pooled by prompt set and category, with bootstrap intervals; a journal that survives a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from spd_lightning.bench.measure import Row
+from spd_lightning.errors import InputError
+
+FORMAT = "spd-bench/1"
+DRAWS = 2000
+#: Why no wall-clock speedup is given.
+CLOCK = "one process runs the stages one after another: its seconds are a simulated clock, and no speedup"
+
+
+def figures(rows: Sequence[Row], num_stages: int, seed: int) -> list[dict[str, Any]]:
+    """One entry per prompt set, category and temperature, sets before their categories; `all` if there are several."""
+    groups: dict[tuple[str, str | None, float], list[Row]] = defaultdict(list)
+    several = len({row.prompts for row in rows}) > 1
+    for row in rows:
+        groups[row.prompts, None, row.temperature].append(row)
+        if row.category is not None:
+            groups[row.prompts, row.category, row.temperature].append(row)
+        if several:
+            groups["all", None, row.temperature].append(row)
+    ordered = sorted(groups.items(), key=lambda item: (item[0][2], item[0][0], item[0][1] or ""))
+    return [
+        {"prompts": name, "category": category, "temperature": temperature, **_pooled(members, num_stages, seed)}
+        for (name, category, temperature), members in ordered
+    ]
+
+
+def _pooled(rows: Sequence[Row], n: int, seed: int) -> dict[str, Any]:
+    """Ratios of sums, as everywhere; prompts (with all their turns) are what the bootstrap draws."""
+    new = sum(row.new_tokens for row in rows)
+    verified, accepted = sum(row.drafts_verified for row in rows), sum(row.drafts_accepted for row in rows)
+    cycles, decode = sum(row.cycles for row in rows), sum(row.decode_seconds for row in rows)
+    plain, plain_decode = sum(row.plain_tokens for row in rows), sum(row.plain_decode_seconds for row in rows)
+    greedy = [row.lossless for row in rows if row.lossless is not None]
+    per_prompt = _by_prompt(rows)
+    return {
+        "count": len(per_prompt),
+        "turns": len(rows),
+        "new_tokens": new,
+        "cycles": cycles,
+        "drafts_verified": verified,
+        "drafts_accepted": accepted,
+        "acceptance": _ratio(accepted, verified),
+        "acceptance_interval": bootstrap(per_prompt, lambda s: (s[:, 3], s[:, 2]), seed),
+        "accepted_per_restart": _ratio(accepted, verified - accepted),
+        "accepted_per_restart_interval": bootstrap(per_prompt, lambda s: (s[:, 3], s[:, 2] - s[:, 3]), seed),
+        "theoretical_speedup": _ratio(n * (new - len(rows)), cycles),
+        "theoretical_speedup_interval": bootstrap(per_prompt, lambda s: (n * (s[:, 0] - s[:, 4]), s[:, 1]), seed),
+        "equivalent_accept_length": _ratio(n * new, cycles),
+        "wall_clock_speedup": None,
+        "tokens_per_second": _ratio(new - len(rows), decode),
+        "seconds_to_first_token": _ratio(sum(row.prefill_seconds for row in rows), len(rows)),
+        "plain_tokens_per_second": _ratio(plain - len(rows), plain_decode),
+        "plain_seconds_to_first_token": _ratio(sum(row.plain_prefill_seconds for row in rows), len(rows)),
+        "identical": greedy.count("identical") if greedy else None,
+        "ties": greedy.count("tie") if greedy else None,
+        "mismatches": greedy.count("mismatch") if greedy else None,
+    }
+
+
+def _by_prompt(rows: Iterable[Row]) -> np.ndarray:
+    """[prompts, 5]: new tokens, cycles, verified, accepted, turns."""
+    sums: dict[tuple[str, str], np.ndarray] = {}
+    for row in rows:
+        counts = np.array([row.new_tokens, row.cycles, row.drafts_verified, row.drafts_accepted, 1], float)
+        key = (row.prompts, row.key)
+        sums[key] = sums[key] + counts if key in sums else counts
+    return np.stack(list(sums.values()))
+
+
+def bootstrap(
+    per_prompt: np.ndarray, parts: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]], seed: int
+) -> tuple[float, float] | None:
+    """95 % interval of a pooled ratio over prompts drawn with replacement; None for fewer than two prompts."""
+    if len(per_prompt) < 2:
+        return None
+    picks = np.random.default_rng(seed).integers(0, len(per_prompt), (DRAWS, len(per_prompt)))
+    above, below = parts(per_prompt[picks].sum(1))
+    values = np.divide(above, below, out=np.full(DRAWS, np.nan), where=below > 0)
+    if np.isnan(values).any():  # a draw without any rejection, or without a cycle
+        return None
+    low, high = np.quantile(values, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def _ratio(above: float, below: float) -> float | None:
+    return above / below if below else None
+
+
+class Journal:
+    """Finished rows beside the record, one JSON line each, so that a bench that was stopped goes on where it was.
+
+    Its first line says what was measured; rows of anything else are never mixed in.
+    """
+
+    def __init__(self, path: Path, about: Mapping[str, Any]) -> None:
+        self.path = path
+        self.rows: list[Row] = []
+        if path.exists():
+            self._read(json.loads(json.dumps(about)))
+        self._stream = open(path, "a", encoding="utf-8")  # noqa: SIM115  (closed by `close`)
+        if path.stat().st_size == 0:
+            self._write({"about": about})
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """Keep the rows of one prompt at one temperature, together or not at all."""
+        self._write({"rows": [asdict(row) for row in rows]})
+        self.rows += rows
+
+    def done(self) -> set[tuple[str, str, float]]:
+        """(prompt set, key, temperature) of what need not be measured again."""
+        return {(row.prompts, row.key, row.temperature) for row in self.rows}
+
+    def close(self, remove: bool = False) -> None:
+        self._stream.close()
+        if remove:
+            self.path.unlink(missing_ok=True)
+
+    def _read(self, about: dict[str, Any]) -> None:
+        lines = self.path.read_bytes().split(b"\n")
+        whole = b"\n".join(lines[:-1]) + (b"\n" if len(lines) > 1 else b"")
+        try:
+            entries = [json.loads(line) for line in lines[:-1]]
+            if entries:
+                self._same(entries[0]["about"], about)
+                self.rows = [Row(**row) for entry in entries[1:] for row in entry["rows"]]
+        except (ValueError, KeyError, TypeError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"{self.path} is no journal of a bench: remove it to start anew.") from error
+        if len(whole) < self.path.stat().st_size:  # a line that a killed process did not finish
+            os.truncate(self.path, len(whole))
+
+    def _same(self, theirs: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+        for name in sorted({*theirs, *about}):
+            if theirs.get(name) != about.get(name):
+                raise InputError(
+                    f"{self.path} is the journal of another bench: {name} is {str(theirs.get(name))[:120]} there and "
+                    f"{str(about.get(name))[:120]} now. Name another --output, or remove the journal."
+                )
+
+    def _write(self, entry: Mapping[str, Any]) -> None:
+        self._stream.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+
+
+def markdown(metrics: Sequence[Mapping[str, Any]], head: str, num_stages: int) -> str:
+    """A table for a README: one row per prompt set and category."""
+    lines = [
+        f"| {head}, n = {num_stages} | prompts | T | p (95 %) | A | S (95 %) | equivalent accept length | lossless |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in metrics:
+        name = row["prompts"] if row["category"] is None else f"- {row['category']}"
+        checked = row["turns"] if row["identical"] is not None else None
+        lossless = "-" if checked is None else f"{row['identical']} of {checked}, {row['ties']} ties"
+        lines.append(
+            f"| {name} | {row['count']} | {row['temperature']:g} | {_with(row, 'acceptance', 3)} | "
+            f"{_number(row['accepted_per_restart'], 2)} | {_with(row, 'theoretical_speedup', 2)} | "
+            f"{_number(row['equivalent_accept_length'], 2)} | {lossless} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _with(row: Mapping[str, Any], name: str, digits: int) -> str:
+    interval = row[f"{name}_interval"]
+    text = _number(row[name], digits)
+    return text if interval is None else f"{text} ({interval[0]:.{digits}f} - {interval[1]:.{digits}f})"
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
