@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import random
 import re
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.cells import cell_len
 
 from spd_lightning import cli
 from spd_lightning.commands import generate
+from spd_lightning.commands.models import Models
 from spd_lightning.commands.streaming import (
     ACCEPTED,
     IncrementalDetokenizer,
@@ -284,7 +288,8 @@ def test_without_a_prompt_every_line_of_stdin_is_one(arguments, capsys, monkeypa
     monkeypatch.setattr(sys, "stdin", io.StringIO("the list\n\nthe names\n"))
     assert cli.main([*arguments, "--temperature", "1", "--seed", "3"]) == 0
     found = capsys.readouterr()
-    assert len([line for line in found.err.splitlines() if "tokens |" in line]) == 2
+    assert len([line for line in found.err.splitlines() if "prefill" in line]) == 2
+    assert "in all: 2 answers, " in found.err
     assert "> " not in found.out
 
 
@@ -300,6 +305,76 @@ def test_an_interactive_session_ends_cleanly(arguments, capsys, monkeypatch, end
     assert cli.main(arguments) == 0
     found = capsys.readouterr().err
     assert "Ctrl-D ends" in found and "Traceback" not in found
+
+
+@pytest.fixture
+def encoded(monkeypatch) -> list[list[dict[str, str]]]:
+    """The chats that were encoded, in order."""
+    seen: list[list[dict[str, str]]] = []
+    before = Models.encode
+
+    def encode(self: Models, messages: Any) -> list[int]:
+        seen.append([dict(message) for message in messages])
+        return before(self, messages)
+
+    monkeypatch.setattr(Models, "encode", encode)
+    return seen
+
+
+def said(messages: list[dict[str, str]]) -> list[str]:
+    return [f"{message['role']}: {message['content']}" for message in messages if message["role"] != "assistant"]
+
+
+def test_a_terminal_holds_one_conversation_until_it_is_reset(arguments, capsys, monkeypatch, encoded):
+    monkeypatch.setattr(sys, "stdin", Terminal("the list\n/help\nthe names\n/reset\nthe value\n/quit\nnever\n"))
+    assert cli.main([*arguments, "--system", "in short"]) == 0
+    assert [said(messages) for messages in encoded] == [
+        ["system: in short", "user: the list"],
+        ["system: in short", "user: the list", "user: the names"],
+        ["system: in short", "user: the value"],
+    ]
+    assert encoded[1][2]["role"] == "assistant" and encoded[1][2]["content"]
+    assert "/reset begins another" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("turns", "remembers"), [("auto", False), ("single", False), ("multi", True)])
+def test_lines_of_a_pipe_stand_for_themselves_unless_asked_otherwise(arguments, monkeypatch, encoded, turns, remembers):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the list\nthe names\n"))
+    assert cli.main([*arguments, "--turns", turns]) == 0
+    assert (len(encoded[1]) == 3) == remembers
+
+
+def test_a_prompt_that_is_too_long_does_not_end_the_session(arguments, capsys, monkeypatch, encoded):
+    monkeypatch.setattr(sys, "stdin", Terminal(f"the list\n{'name ' * 3000}\nthe names\n"))
+    assert cli.main(arguments) == 0
+    found = capsys.readouterr().err
+    assert "exceed the target's context" in found and "in all: 2 answers" in found
+    assert said(encoded[2]) == ["user: the list", "user: the names"]
+
+
+@pytest.mark.parametrize("session", [True, False])
+def test_ctrl_c_ends_an_answer_and_keeps_what_there_is(arguments, capsys, monkeypatch, session):
+    before = TextStream.__call__
+    calls = []
+
+    def interrupted(self: TextStream, event: Any) -> None:
+        before(self, event)
+        calls.append(event)
+        if len(calls) == 20:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(TextStream, "__call__", interrupted)
+    handler = signal.getsignal(signal.SIGINT)
+    if session:
+        monkeypatch.setattr(sys, "stdin", Terminal("the list\nthe names\n"))
+        assert cli.main(arguments) == 0
+    else:
+        assert cli.main([*arguments, "--prompt", "the list"]) == 130
+    found = capsys.readouterr()
+    assert "interrupted | " in found.err and "Traceback" not in found.err
+    assert found.out.endswith("\n")
+    assert ("in all: 2 answers" in found.err) == session
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 def test_ctrl_c_while_decoding_ends_the_line_and_the_program(arguments, capsys, monkeypatch):

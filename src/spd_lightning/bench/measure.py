@@ -69,9 +69,18 @@ def measure(models: Models, name: str, prompt: Prompt, temperature: float, setti
     for number, text in enumerate(turns, start=1):
         messages.append({"role": "user", "content": text})
         ids = models.encode_raw(text) if settings.raw else models.encode(messages)
+        if len(ids) + settings.max_new_tokens > models.target.context_length:
+            return  # of a conversation that has grown too long
         found, row = _measure_turn(models, ids, prompt.seed(settings.seed) + number, temperature, settings)
         yield Row(name, prompt.key, prompt.category, number, temperature, len(ids), **row)
         messages.append({"role": "assistant", "content": models.decode(found.token_ids)})
+
+
+def fits(models: Models, prompt: Prompt, settings: Settings) -> bool:
+    """Whether the first turn and its answer fit the target's context."""
+    messages = [{"role": role, "content": text} for role, text in (*prompt.before, ("user", prompt.turns[0]))]
+    ids = models.encode_raw(prompt.turns[0]) if settings.raw else models.encode(messages)
+    return len(ids) + settings.max_new_tokens <= models.target.context_length
 
 
 def _measure_turn(

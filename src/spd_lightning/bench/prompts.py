@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -36,23 +36,37 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PromptSet:
-    """The prompts of one file: `name`, `format`, SHA-256 of the file, how many prompts it holds and which are used."""
+    """The prompts of one file: `name`, `format`, SHA-256 of the file, how many it holds, and those that are used."""
 
     name: str
     format: str
     sha256: str
     available: int
     prompts: tuple[Prompt, ...]
+    too_long: tuple[str, ...] = ()
+
+    def select(self, fits: Callable[[Prompt], bool], limit: int | None) -> PromptSet:
+        """Those that fit the target's context, and of them `limit`, see `spread`; `too_long` keeps the others' keys.
+
+        Raises:
+            InputError: none fits.
+        """
+        fitting = [prompt for prompt in self.prompts if fits(prompt)]
+        if not fitting:
+            raise InputError(f"--prompts {self.name}: no prompt fits the target's context. Lower --max-new-tokens.")
+        kept = {prompt.key for prompt in fitting}
+        chosen = fitting if limit is None or limit >= len(fitting) else spread(fitting, limit)
+        too_long = tuple(prompt.key for prompt in self.prompts if prompt.key not in kept)
+        return replace(self, prompts=tuple(chosen), too_long=too_long)
 
 
-def read_prompts(path: Path, limit: int | None = None) -> PromptSet:
+def read_prompts(path: Path) -> PromptSet:
     """The prompts of a file, whose format is seen by its fields.
 
     Args:
         path: JSON lines with `turns` (Spec-Bench, MT-Bench), `question` (GSM8K), `prompt` (HumanEval) or `messages` /
             `conversations` (chats, up to the last turn of the user); a file of any other name than *.jsonl or *.json
             is text, one prompt per line.
-        limit: so many prompts, spread evenly over the categories and within each of them.
 
     Raises:
         InputError: naming file and line.
@@ -78,8 +92,7 @@ def read_prompts(path: Path, limit: int | None = None) -> PromptSet:
     keys = [prompt.key for prompt in prompts]
     if len(set(keys)) < len(keys):  # ids of several files in one: the line tells them apart
         prompts = [Prompt(f"{i}:{p.key}", p.category, p.turns, p.before) for i, p in enumerate(prompts, start=1)]
-    chosen = prompts if limit is None or limit >= len(prompts) else spread(prompts, limit)
-    return PromptSet(path.stem, formats[0], sha256(data).hexdigest(), len(prompts), tuple(chosen))
+    return PromptSet(path.stem, formats[0], sha256(data).hexdigest(), len(prompts), tuple(prompts))
 
 
 def spread(prompts: Sequence[Prompt], limit: int) -> list[Prompt]:

@@ -70,14 +70,14 @@ def run(argv: list[str]) -> int:
     """`spd-lightning bench`."""
     options = parser().parse_args(argv)
     _check(options)
-    from spd_lightning.bench.measure import Settings
+    from spd_lightning.bench.measure import Settings, fits
     from spd_lightning.bench.prompts import read_prompts
     from spd_lightning.bench.record import CLOCK, FORMAT, Journal, figures, markdown
     from spd_lightning.decoding.sampling import Sampling
     from spd_lightning.head.digest import weights_digest
     from spd_lightning.provenance import provenance
 
-    sets = [read_prompts(path, options.limit) for path in options.prompts]
+    sets = [read_prompts(path) for path in options.prompts]
     if len({one.name for one in sets}) < len(sets):
         raise InputError("--prompts: two files have the same name, which would mix their figures.")
     for temperature in options.temperature:
@@ -96,6 +96,10 @@ def run(argv: list[str]) -> int:
         raw=options.raw,
         repeats=options.repeats,
     )
+    sets = [one.select(lambda prompt: fits(models, prompt, settings), options.limit) for one in sets]
+    for one in sets:
+        if one.too_long:
+            print(f"{one.name}: {len(one.too_long)} prompts exceed the context and are left out", file=sys.stderr)
     about = {
         "target": asdict(models.target.identity) | {"loaded_as": str(models.target.dtype).removeprefix("torch.")},
         "head": {
@@ -169,6 +173,8 @@ def _described(one: PromptSet) -> dict[str, Any]:
         "sha256": one.sha256,
         "available": one.available,
         "used": len(one.prompts),
+        "too_long": len(one.too_long),
+        "keys": [prompt.key for prompt in one.prompts],
     }
 
 
@@ -243,8 +249,8 @@ def _clock_lines(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
             first = [f"{1000 * row[name]:.0f} ms" for name in _FIRST_TOKEN]
             lines.append(
                 f"{row['prompts']}, T = {row['temperature']:g}: equivalent accept length "
-                f"{_number(row['equivalent_accept_length'], 2)}; {_number(row['tokens_per_second'], 0)} tokens/s, first "
-                f"token after {first[0]} (autoregressive: {_number(row['plain_tokens_per_second'], 0)} tokens/s, "
+                f"{_number(row['equivalent_accept_length'], 2)}; {_number(row['tokens_per_second'], 0)} tokens/s, "
+                f"first token after {first[0]} (autoregressive: {_number(row['plain_tokens_per_second'], 0)} tokens/s, "
                 f"{first[1]})"
             )
     return [*lines, f"Clock: {CLOCK}."]

@@ -7,13 +7,18 @@ text alone.
 from __future__ import annotations
 
 import json
+import signal
 import sys
-from argparse import ArgumentTypeError, Namespace
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+import threading
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spd_lightning.cli import INPUT_ERROR, INTERRUPTED
+from spd_lightning.commands.models import add_model_flags, load_models
 from spd_lightning.commands.parsing import CommandParser
 from spd_lightning.commands.streaming import TextStream, legend
 from spd_lightning.errors import InputError
@@ -26,8 +31,9 @@ if TYPE_CHECKING:
 
 _ABOUT = """\
 Decode a prompt with a speculation head through the target's pipeline stages, and show which tokens were drafts.
-Without --head: plain autoregressive decoding, the baseline. Without --prompt: ask as often as you like (Ctrl-D ends);
-every question stands for itself. The text goes to stdout, statistics to stderr."""
+Without --head: plain autoregressive decoding, the baseline. Without --prompt: ask as often as you like. On a terminal
+that is one conversation (/reset begins another, /quit or Ctrl-D ends); of a pipe every line stands for itself. Ctrl-C
+ends an answer, not the session. The text goes to stdout, statistics to stderr."""
 
 _EXAMPLES = """\
 examples
@@ -39,29 +45,23 @@ examples
 colours: green = accepted draft, bold yellow = the target's correction of a wrong draft, plain = the first token (it
 comes from the target), dim = drafts in flight, replaced when the target decides; none in a pipe or with NO_COLOR"""
 
+_COMMANDS = "One conversation. /reset begins another, /quit or Ctrl-D ends, Ctrl-C ends an answer, /help says this."
 _CLOCK = "simulated clock: one process runs the stages one after another"
 
 
 def parser() -> CommandParser:
     """The arguments of generate."""
     made = CommandParser("spd-lightning generate", _ABOUT, _EXAMPLES)
-    models = made.add_argument_group("models")
-    models.add_argument("--target", required=True, help="folder or hub id of the target; 'tiny' is built in")
-    models.add_argument("--head", help="run directory, exported folder, hub id, .ckpt or version-11 .pt")
-    models.add_argument("--num-stages", type=int, metavar="N", help="refuse a head with other than N stages")
-    models.add_argument("--dtype", default="auto", help="auto (bfloat16 on a GPU, else float32) or a torch name")
-    models.add_argument("--revision", help="hub revision of the target: branch, tag or commit")
-    models.add_argument("--attention", default="auto", help="the target's kernel: auto, eager, sdpa, ...")
-    models.add_argument(
-        "--device-map", metavar="MAP", type=_device_map, help="auto: spread a large target; or JSON {module: device}"
-    )
-    models.add_argument("--offload-folder", metavar="DIR", help="where weights lie that --device-map puts on disk")
-    models.add_argument("--quantization", default="none", help="8bit or 4bit (bitsandbytes, GPU); default: none")
-    models.add_argument("--offline", action="store_true", help="use only what is on this machine already")
-    models.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the target")
-    models.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: a GPU where there is one")
+    add_model_flags(made)
     text = made.add_argument_group("text")
     text.add_argument("--prompt", help="decode this and end; otherwise prompts are read one per line")
+    text.add_argument("--system", metavar="TEXT", help="system message that every conversation begins with")
+    text.add_argument(
+        "--turns",
+        choices=("auto", "single", "multi"),
+        default="auto",
+        help="multi: questions see what was said before; auto: multi on a terminal, single in a pipe",
+    )
     text.add_argument("--raw", action="store_true", help="take the prompt as it is, without the chat template")
     text.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="upper bound (default: 128)")
     choice = made.add_argument_group("choice of tokens")
@@ -78,7 +78,7 @@ def parser() -> CommandParser:
 
 @dataclass
 class Turn:
-    """One decoded prompt."""
+    """One decoded prompt; `interrupted`: by Ctrl-C, the text ends where it was."""
 
     prompt: str
     prompt_ids: list[int]
@@ -86,6 +86,7 @@ class Turn:
     generation: Generation
     baseline: Generation | None
     events: list[CycleEvent] = field(default_factory=list)
+    interrupted: bool = False
 
 
 def run(argv: list[str]) -> int:
@@ -95,17 +96,49 @@ def run(argv: list[str]) -> int:
     session = Session(options)
     if options.prompt is None:
         _legend(options)
-    for prompt in _prompts(options):
-        turn = session.answer(prompt)
-        sys.stdout.flush()
-        _note(statistics(turn.generation))
-        if turn.baseline is not None:
-            _note(comparison(turn.generation, turn.baseline, session.sampling.greedy))
-        if options.json is not None:
-            write_json(options.json, options, turn)
-    if options.prompt is not None:
-        _legend(options)
-    return 0
+        return _converse(session, options)
+    turn = session.answer(options.prompt)
+    _tell(turn, session)
+    if options.json is not None:
+        write_json(options.json, options, turn)
+    _legend(options)
+    return INTERRUPTED if turn.interrupted else 0
+
+
+def _converse(session: Session, options: Namespace) -> int:
+    """Questions until there are no more; what is wrong with one of them does not end the others."""
+    typed = sys.stdin.isatty()
+    session.remembers = options.turns == "multi" or (options.turns == "auto" and typed and not options.raw)
+    if typed:
+        _note(_COMMANDS if session.remembers else "One question per line; Ctrl-D ends.")
+    generations, failed = [], 0
+    for prompt in _prompts(typed):
+        if prompt == "/quit":
+            break
+        if prompt == "/reset":
+            session.reset()
+            _note("A new conversation.")
+        elif prompt == "/help":
+            _note(_COMMANDS)
+        else:
+            try:
+                turn = session.answer(prompt)
+            except InputError as error:  # a prompt that is too long, say
+                _note(f"error: {error}")
+                failed += 1
+                continue
+            _tell(turn, session)
+            generations.append(turn.generation)
+    if len(generations) > 1:
+        _note(total(generations))
+    return INPUT_ERROR if failed and not typed else 0
+
+
+def _tell(turn: Turn, session: Session) -> None:
+    sys.stdout.flush()
+    _note(("interrupted | " if turn.interrupted else "") + statistics(turn.generation))
+    if turn.baseline is not None:
+        _note(comparison(turn.generation, turn.baseline, session.sampling.greedy))
 
 
 def _check(options: Namespace) -> None:
@@ -126,39 +159,37 @@ def _check(options: Namespace) -> None:
 
 
 class Session:
-    """Target, head and tokenizer, loaded once for all prompts."""
+    """Target, head and tokenizer, loaded once; and what was said so far, if it is remembered."""
 
     def __init__(self, options: Namespace) -> None:
         from spd_lightning.decoding.sampling import Sampling
 
-        self.options = options
+        self.options, self.remembers = options, False
         self.sampling: Sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
-        import torch
-        from transformers.utils.logging import disable_progress_bar
+        self.models = load_models(options)
+        self.chats = self.models.chats and not options.raw
+        if options.system is not None and not self.chats:
+            raise InputError("--system needs a chat template: the tokenizer has none, or --raw leaves it out.")
+        if not self.models.chats and not options.raw:
+            _note("The tokenizer has no chat template: prompts are taken as they are, as with --raw.")
+        self.reset()
 
-        from spd_lightning.decoding.decoder import SpdDecoder
-        from spd_lightning.head.loading import load_head
-        from spd_lightning.target.loading import Loading, check_target, load_target, load_tokenizer
-
-        disable_progress_bar()
-        device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        loading = Loading(**{field.name: getattr(options, field.name) for field in fields(Loading)})
-        check_target(options.target, loading=loading, named=lambda name: "--" + name.replace("_", "-"))
-        self.tokenizer = load_tokenizer(options.target, loading)
-        self.target = load_target(
-            options.target, num_stages=options.num_stages, device=_device(device), loading=loading
-        )
-        self.decoder = None
-        if options.head is not None:
-            self.decoder = SpdDecoder(self.target, load_head(options.head, self.target))
-        self._warned = False
+    def reset(self) -> None:
+        """Forget what was said."""
+        system = self.options.system
+        self.messages = [] if system is None else [{"role": "system", "content": system}]
 
     def answer(self, prompt: str) -> Turn:
-        """Decode one prompt while its text streams to stdout."""
+        """Decode one prompt while its text streams to stdout; Ctrl-C ends it and keeps what there is.
+
+        Raises:
+            InputError: the prompt cannot be decoded, such as one that exceeds the context; nothing is remembered of it.
+        """
         from spd_lightning.decoding.decoder import autoregressive_generate
 
-        ids = self.encode(prompt)
-        stream = TextStream(self.decode, sys.stdout, colour=False if self.options.no_color else None)
+        asked = [*self.messages, {"role": "user", "content": prompt}]
+        ids = self.models.encode(asked) if self.chats else self.models.encode_raw(prompt)
+        stream = TextStream(self.models.decode, sys.stdout, colour=False if self.options.no_color else None)
         events: list[CycleEvent] = []
 
         def observe(event: CycleEvent) -> None:
@@ -167,62 +198,52 @@ class Session:
 
         arguments: dict[str, Any] = {"max_new_tokens": self.options.max_new_tokens} | asdict(self.sampling)
         baseline = None
-        try:
-            if self.decoder is None:
-                generation = autoregressive_generate(self.target, ids, **arguments, observer=observe)
-            else:
-                generation = self.decoder.generate(ids, **arguments, observer=observe)
-        finally:  # an interrupted line must not keep drafts or colours
-            if events:
-                stream.finish()
+        with _Interruption() as interruption:
+            try:
+                decode = (
+                    partial(autoregressive_generate, self.models.target)
+                    if self.models.decoder is None
+                    else self.models.decoder.generate
+                )
+                generation = decode(ids, **arguments, observer=observe, stop=interruption)
+            finally:  # an interrupted line must not keep drafts or colours
+                if events:
+                    stream.finish()
         if self.options.baseline:
-            baseline = autoregressive_generate(self.target, ids, **arguments)
-        return Turn(prompt, ids, self.decode(generation.token_ids), generation, baseline, events)
-
-    def encode(self, prompt: str) -> list[int]:
-        """Token ids of a prompt: as the user's turn of a chat, or as it is."""
-        if self.options.raw or not getattr(self.tokenizer, "chat_template", None):
-            if not self.options.raw and not self._warned:
-                _note("The tokenizer has no chat template: prompts are taken as they are, as with --raw.")
-                self._warned = True
-            return list(self.tokenizer(prompt)["input_ids"])
-        text = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-        )
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])  # the template wrote them
-
-    def decode(self, ids: Any) -> str:
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+            baseline = autoregressive_generate(self.models.target, ids, **arguments)
+        text = self.models.decode(generation.token_ids)
+        if self.remembers and self.chats:
+            self.messages = [*asked, {"role": "assistant", "content": text}]
+        return Turn(prompt, ids, text, generation, baseline, events, interruption.came)
 
 
-def _device_map(text: str) -> Any:
-    """`auto`, a device, or a JSON mapping of modules to devices."""
-    try:
-        return json.loads(text) if text.startswith("{") else text
-    except ValueError as error:
-        raise ArgumentTypeError(f"{text!r} is no JSON ({error}): expected auto or {{module: device}}") from error
+class _Interruption:
+    """The first Ctrl-C asks the decoder to stop after its next token; the second one is an interrupt as always."""
+
+    def __init__(self) -> None:
+        self.came = False
+
+    def __enter__(self) -> _Interruption:
+        self._before = None
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+    def __call__(self, tokens: Any) -> bool:
+        return self.came
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self.came:
+            raise KeyboardInterrupt
+        self.came = True
 
 
-def _device(name: str) -> Any:
-    import torch
-
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"--device {name}: expected cpu, cuda, cuda:1, ...") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"--device {name}: torch finds no GPU here. Use --device cpu.")
-    return device
-
-
-def _prompts(options: Namespace) -> Iterator[str]:
-    """--prompt, or the lines of stdin: typed after a sign on a terminal, until Ctrl-D or Ctrl-C."""
-    if options.prompt is not None:
-        yield options.prompt
-        return
-    typed = sys.stdin.isatty()
-    if typed:
-        _note("One question per line; Ctrl-D ends.")
+def _prompts(typed: bool) -> Iterator[str]:
+    """The lines of stdin: typed after a sign on a terminal, until Ctrl-D or Ctrl-C."""
     while True:
         try:
             line = _typed_line() if typed else sys.stdin.readline()
@@ -273,6 +294,17 @@ def statistics(generation: Generation) -> str:
         f" | S = {g.theoretical_speedup:.2f} (n = {g.num_stages})"
         f" | {g.cycles} cycles, {g.drafts_verified - g.drafts_accepted} restarts | {seconds} ({_CLOCK})"
     )
+
+
+def total(generations: Sequence[Generation]) -> str:
+    """One line about all answers of a session."""
+    from spd_lightning.decoding.generation import Pooled
+
+    pooled = Pooled.of(generations, max(g.num_stages for g in generations))
+    line = f"in all: {len(generations)} answers, {pooled.new_tokens} tokens"
+    if pooled.acceptance is None or pooled.theoretical_speedup is None:
+        return line
+    return f"{line} | acceptance p = {pooled.acceptance:.3f} | S = {pooled.theoretical_speedup:.2f}"
 
 
 def comparison(found: Generation, baseline: Generation, greedy: bool) -> str:
