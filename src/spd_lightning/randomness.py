@@ -24,6 +24,7 @@ class Purpose(IntEnum):
     ORDER = 5  # the order of training samples
     COIN = 6  # simulated acceptance
     MIX = 7  # which conversations of a weighted source an epoch shows, and the order of streamed sources
+    CERTIFICATE = 8  # seeds and uniform numbers of the lossless certificate
 
 
 def philox(seed: int, purpose: Purpose, *counters: int) -> np.random.Philox:

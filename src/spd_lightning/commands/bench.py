@@ -217,10 +217,11 @@ def _report(options: Namespace, metrics: Sequence[Mapping[str, Any]], num_stages
 
 
 def _table(metrics: Sequence[Mapping[str, Any]], num_stages: int) -> Any:
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(title=f"Real decoding, n = {num_stages} stages")
-    for name in ("prompts", "count", "T", "p", "95 %", "A", "S", "cycles", "lossless"):
+    table = Table(title=f"Real decoding, n = {num_stages} stages", box=SIMPLE_HEAD, pad_edge=False)
+    for name in ("prompts", "#", "T", "p", "95 %", "A", "S", "cycles", "lossless"):
         table.add_column(name, justify="left" if name == "prompts" else "right", no_wrap=True)
     for row in metrics:
         whole, interval = row["category"] is None, row["acceptance_interval"]
@@ -233,7 +234,7 @@ def _table(metrics: Sequence[Mapping[str, Any]], num_stages: int) -> Any:
             _number(row["accepted_per_restart"], 2),
             _number(row["theoretical_speedup"], 2),
             str(row["cycles"]),
-            "-" if row["identical"] is None else f"{row['identical']} of {row['turns']}",
+            "-" if row["identical"] is None else f"{row['identical']}/{row['turns']}",
             style="bold" if whole else None,
         )
     return table

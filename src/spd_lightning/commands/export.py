@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from argparse import Namespace
 from dataclasses import asdict, replace
@@ -222,6 +223,7 @@ def _certificate(head: SpeculationHead, options: Namespace, background: Backgrou
     if not options.certify:
         earlier = background.certificate
         return dict(earlier) if earlier is not None and earlier.get("weights_digest") == digest else None
+    from spd_lightning.data.progress import progress_bar
     from spd_lightning.decoding.certificate import certify
     from spd_lightning.head.loading import check_fits
     from spd_lightning.provenance import provenance
@@ -234,18 +236,11 @@ def _certificate(head: SpeculationHead, options: Namespace, background: Backgrou
         options.revision = head.origin.commit or head.origin.revision
     target = _load_target(options, source)
     check_fits(head, target)
+    used = copy.deepcopy(head).to(target.device, target.dtype).eval()  # as load_head would give it
     tokenizer = load_tokenizer(source, _loading(options))
     prompts = [_encode(tokenizer, text) for text in _certificate_prompts(options.certify_prompts)]
-    from rich.progress import Progress
-
-    with Progress(transient=True) as progress:
-        task = progress.add_task("certifying", total=None)
-
-        def show(done: int, total: int) -> None:
-            progress.update(task, completed=done, total=total)
-
-        made = certify(target, head.to(target.device), prompts, max_new_tokens=CERTIFICATE_TOKENS, on_progress=show)
-    head.to("cpu")
+    with progress_bar("certifying", "generations") as progress:
+        made = certify(target, used, prompts, max_new_tokens=CERTIFICATE_TOKENS, on_progress=progress)
     record = provenance(("torch", "transformers", "spd_lightning"))
     fields = made.fields() | {"weights_digest": digest, "target": asdict(target.identity)}
     fields |= {"date": record["date"], "commit": record["commit"], "versions": record["versions"]}

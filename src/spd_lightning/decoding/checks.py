@@ -65,11 +65,11 @@ def drift(target: Target, head: SpeculationHead, prompt: Sequence[int], found: G
     result = []
     for index, accepted in enumerate(found.accepted_flags, start=1):
         here = logits[len(prompt) + index - 1]
-        best, second = here.topk(2).indices.tolist()
+        best, *others = here.topk(min(2, len(here))).indices.tolist()
         drafted, token = head.full_vocabulary_id(best), found.token_ids[index]
         if (drafted == token) != accepted:
             # an accepted draft was this token; of a rejected one no more is known than that it was another
-            gap = _shortfall(here, [_draft_index(head, token) if accepted else second])
+            gap = _shortfall(here, [_draft_index(head, token) if accepted else next(iter(others), None)])
             result.append(Divergence(index, token, drafted, gap, gap <= tolerance))
     return result
 

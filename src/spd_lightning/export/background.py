@@ -230,7 +230,7 @@ def metrics_of_bench(path: Path, head: SpeculationHead) -> list[Metric]:
 
 
 def without_paths(value: Any) -> Any:
-    """The same without folders of this machine: an absolute path becomes its last part, also in `--flag=path`."""
+    """The same without folders of this machine: a path that leaves the working directory becomes its last part, also in `--flag=path`."""
     if isinstance(value, Mapping):
         return {key: without_paths(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
@@ -238,7 +238,7 @@ def without_paths(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     flag, sign, rest = value.rpartition("=")
-    if rest.startswith(("/", "~")):
+    if rest.startswith(("/", "~", "../")):
         return flag + sign + PurePosixPath(rest).name
     if re.match(r"[A-Za-z]:\\", rest):
         return flag + sign + PureWindowsPath(rest).name
