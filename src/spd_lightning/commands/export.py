@@ -115,9 +115,9 @@ def run_export(argv: list[str]) -> int:
         )
     head = read_source(found)
     background = background_of(found, head)
-    measured = [metric for record in options.bench for metric in metrics_of_bench(record, head)]
+    stored, head = copy.deepcopy(head), _cast(head, options.dtype)
+    measured = [metric for record in options.bench for metric in metrics_of_bench(record, (stored, head))]
     background = replace(background, metrics=[*background.metrics, *measured])
-    head = _cast(head, options.dtype)
     if options.format == "v11":
         return _write_v11(head, options, background)
     if options.format == "manifest":

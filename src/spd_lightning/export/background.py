@@ -193,15 +193,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def metrics_of_bench(path: Path, head: SpeculationHead) -> list[Metric]:
-    """The rows of a record of `bench` that was made with this head.
+def metrics_of_bench(path: Path, heads: Sequence[SpeculationHead]) -> list[Metric]:
+    """The rows of a record of `bench` that was made with this head, as it was stored or as it is exported.
 
     Raises:
         InputError: no such record, or one of another head.
     """
     record = read_json(path)
     try:
-        if not matches(head, record["head"]["digest"]):
+        if not any(matches(head, record["head"]["digest"]) for head in heads):
             raise InputError(
                 f"--bench {path} measured another head: its weights have the digest {record['head']['digest'][:16]}..."
             )
@@ -230,7 +230,10 @@ def metrics_of_bench(path: Path, head: SpeculationHead) -> list[Metric]:
 
 
 def without_paths(value: Any) -> Any:
-    """The same without folders of this machine: a path that leaves the working directory becomes its last part, also in `--flag=path`."""
+    """The same without folders of this machine: a path that leaves the working directory becomes its last part.
+
+    Also in `--flag=path`.
+    """
     if isinstance(value, Mapping):
         return {key: without_paths(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
