@@ -73,7 +73,7 @@ def read_prompts(path: Path) -> PromptSet:
     """
     try:
         data = path.read_bytes()
-        lines = data.decode("utf-8").splitlines()
+        lines = data.decode("utf-8-sig").split("\n")  # U+2028 and form feeds belong to the text
     except (OSError, ValueError) as error:
         raise InputError(f"--prompts {path} cannot be read: {error}") from error
     texts = path.suffix not in (".jsonl", ".json")
@@ -92,7 +92,17 @@ def read_prompts(path: Path) -> PromptSet:
     keys = [prompt.key for prompt in prompts]
     if len(set(keys)) < len(keys):  # ids of several files in one: the line tells them apart
         prompts = [Prompt(f"{i}:{p.key}", p.category, p.turns, p.before) for i, p in enumerate(prompts, start=1)]
-    return PromptSet(path.stem, formats[0], sha256(data).hexdigest(), len(prompts), tuple(prompts))
+    return PromptSet(
+        _name(path), " and ".join(sorted(set(formats))), sha256(data).hexdigest(), len(prompts), tuple(prompts)
+    )
+
+
+def _name(path: Path) -> str:
+    """Of the set; what many sets are called alike is told apart by its folder."""
+    return f"{path.resolve().parent.name}/{path.stem}" if path.stem in _COMMON else path.stem
+
+
+_COMMON = ("question", "questions", "test", "train", "prompts", "data", "validation")
 
 
 def spread(prompts: Sequence[Prompt], limit: int) -> list[Prompt]:
@@ -132,7 +142,7 @@ def _parse(line: str, number: int, path: Path) -> tuple[Prompt, str]:
         return Prompt(*made, (row["question"],)), "GSM8K"
     if _is_text(row.get("prompt")):
         return Prompt(*made, (row["prompt"],)), "HumanEval"
-    if isinstance(chat := row.get("messages", row.get("conversations")), list):
+    if isinstance(chat := row.get("messages") or row.get("conversations"), list):
         return _chat(chat, made, where), "chat"
     raise InputError(
         f"{where}: expected a field turns (Spec-Bench, MT-Bench), question (GSM8K), prompt (HumanEval), messages or "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from spd_lightning.bench.measure import Row
+from spd_lightning.data.journal import Journal, flat, whole_lines
 from spd_lightning.errors import InputError
 
 FORMAT = "spd-bench/1"
@@ -100,24 +100,35 @@ def _ratio(above: float, below: float) -> float | None:
     return above / below if below else None
 
 
-class Journal:
-    """Finished rows beside the record, one JSON line each, so that a bench that was stopped goes on where it was.
+class Rows:
+    """Finished rows beside the record, so that a bench that was stopped goes on where it was.
 
-    Its first line says what was measured; rows of anything else are never mixed in.
+    The journal's first line says what is measured; rows of anything else are never mixed in, and one process at a
+    time writes.
+
+    Raises:
+        InputError: another process writes it, it is damaged, or it belongs to another bench; naming what differs.
     """
 
     def __init__(self, path: Path, about: Mapping[str, Any]) -> None:
-        self.path = path
+        self._journal = Journal(path)
         self.rows: list[Row] = []
-        if path.exists():
-            self._read(json.loads(json.dumps(about)))
-        self._stream = open(path, "a", encoding="utf-8")  # noqa: SIM115  (closed by `close`)
-        if path.stat().st_size == 0:
-            self._write({"about": about})
+        try:
+            entries = [json.loads(line) for _, line in whole_lines(path)]
+            if entries:
+                _same(path, flat(entries[0]["about"]), flat(json.loads(json.dumps(about))))
+                self.rows = [Row(**row) for entry in entries[1:] for row in entry["rows"]]
+            else:
+                self._journal.append({"about": about})
+        except BaseException as error:
+            self._journal.close()
+            if isinstance(error, (ValueError, KeyError, TypeError)) and not isinstance(error, InputError):
+                raise InputError(f"{path} is no journal of a bench: remove it to start anew.") from error
+            raise
 
     def add(self, rows: Sequence[Row]) -> None:
         """Keep the rows of one prompt at one temperature, together or not at all."""
-        self._write({"rows": [asdict(row) for row in rows]})
+        self._journal.append({"rows": [asdict(row) for row in rows]})
         self.rows += rows
 
     def done(self) -> set[tuple[str, str, float]]:
@@ -125,37 +136,22 @@ class Journal:
         return {(row.prompts, row.key, row.temperature) for row in self.rows}
 
     def close(self, remove: bool = False) -> None:
-        self._stream.close()
+        """Let others write; `remove` the journal too, once the record is there."""
         if remove:
-            self.path.unlink(missing_ok=True)
+            self._journal.path.unlink(missing_ok=True)
+        self._journal.close()
+        if remove:
+            Path(f"{self._journal.path}.lock").unlink(missing_ok=True)
 
-    def _read(self, about: dict[str, Any]) -> None:
-        lines = self.path.read_bytes().split(b"\n")
-        whole = b"\n".join(lines[:-1]) + (b"\n" if len(lines) > 1 else b"")
-        try:
-            entries = [json.loads(line) for line in lines[:-1]]
-            if entries:
-                self._same(entries[0]["about"], about)
-                self.rows = [Row(**row) for entry in entries[1:] for row in entry["rows"]]
-        except (ValueError, KeyError, TypeError) as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(f"{self.path} is no journal of a bench: remove it to start anew.") from error
-        if len(whole) < self.path.stat().st_size:  # a line that a killed process did not finish
-            os.truncate(self.path, len(whole))
 
-    def _same(self, theirs: Mapping[str, Any], about: Mapping[str, Any]) -> None:
-        for name in sorted({*theirs, *about}):
-            if theirs.get(name) != about.get(name):
-                raise InputError(
-                    f"{self.path} is the journal of another bench: {name} is {str(theirs.get(name))[:120]} there and "
-                    f"{str(about.get(name))[:120]} now. Name another --output, or remove the journal."
-                )
-
-    def _write(self, entry: Mapping[str, Any]) -> None:
-        self._stream.write(json.dumps(entry, ensure_ascii=False) + "\n")
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
+def _same(path: Path, known: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    names = [name for name in {**known, **wanted} if known.get(name) != wanted.get(name)]
+    if names:
+        differs = [f"{name} was {str(known.get(name))[:60]}, now {str(wanted.get(name))[:60]}" for name in names]
+        raise InputError(
+            f"{path} is the journal of another bench: {'; '.join(differs)[:600]}. Give the same again, another "
+            "--output, or remove the journal."
+        )
 
 
 def markdown(metrics: Sequence[Mapping[str, Any]], head: str, num_stages: int) -> str:

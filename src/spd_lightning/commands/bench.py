@@ -19,7 +19,7 @@ from spd_lightning.files import write_whole
 if TYPE_CHECKING:
     from spd_lightning.bench.measure import Settings
     from spd_lightning.bench.prompts import PromptSet
-    from spd_lightning.bench.record import Journal
+    from spd_lightning.bench.record import Rows
     from spd_lightning.commands.models import Models
 
 _ABOUT = """\
@@ -37,7 +37,8 @@ examples
   spd-lightning export --checkpoint runs/tiny --output heads/tiny --bench bench.json     put the figures on the card
 
 prompts: JSON lines with `turns` (Spec-Bench, MT-Bench), `question` (GSM8K), `prompt` (HumanEval), `messages` or
-`conversations` (chats); any other file is text, one prompt per line. Interrupted? The same command goes on."""
+`conversations` (chats); any other file is text, one prompt per line. Each becomes the user's turn of a chat;
+--raw takes it as it is, as a base model would complete it (HumanEval). Interrupted? The same command goes on."""
 
 
 def parser() -> CommandParser:
@@ -72,14 +73,14 @@ def run(argv: list[str]) -> int:
     _check(options)
     from spd_lightning.bench.measure import Settings, fits
     from spd_lightning.bench.prompts import read_prompts
-    from spd_lightning.bench.record import CLOCK, FORMAT, Journal, figures, markdown
+    from spd_lightning.bench.record import CLOCK, FORMAT, Rows, figures, markdown
     from spd_lightning.decoding.sampling import Sampling
     from spd_lightning.head.digest import weights_digest
-    from spd_lightning.provenance import provenance
+    from spd_lightning.provenance import machine, provenance
 
     sets = [read_prompts(path) for path in options.prompts]
     if len({one.name for one in sets}) < len(sets):
-        raise InputError("--prompts: two files have the same name, which would mix their figures.")
+        raise InputError("--prompts: the same file, or one of the same folder's and file's name, is given twice.")
     for temperature in options.temperature:
         Sampling(temperature, options.top_k, options.top_p)
     models = load_models(options)
@@ -111,18 +112,26 @@ def run(argv: list[str]) -> int:
         "settings": settings.fields(),
         "prompt_sets": [_described(one) for one in sets],
     }
-    journal = Journal(options.output.with_name(f".{options.output.name}.journal"), about)
+    journal = Rows(options.output.with_name(f".{options.output.name}.journal"), about)
     try:
         _measure(models, sets, settings, options.warmup, journal)
     except KeyboardInterrupt:
         print(f"\n{len(journal.rows)} rows are kept: the same command goes on from here.", file=sys.stderr)
-        raise
-    finally:
         journal.close()
+        raise
+    except Exception:
+        journal.close()
+        raise
     n = models.head.staircase.num_stages
     metrics = figures(journal.rows, n, settings.seed)
-    record = {"format": FORMAT, **_provenance(provenance()), **about, "num_stages": n, "wall_clock_speedup": None}
-    record |= {"clock": CLOCK, "metrics": metrics, "rows": [asdict(row) for row in journal.rows]}
+    record = {"format": FORMAT, **_provenance(provenance()), **about, "num_stages": n, "warmup": options.warmup}
+    record |= {
+        "machine": machine(),
+        "wall_clock_speedup": None,
+        "clock": CLOCK,
+        "metrics": metrics,
+        "rows": [asdict(row) for row in journal.rows],
+    }
     table = markdown(metrics, about["head"]["name"], n)  # type: ignore[index]
     write_whole(options.output, _as_json(record), "--output")
     write_whole(options.output.with_suffix(".md"), table, "--output")
@@ -148,7 +157,7 @@ def _check(options: Namespace) -> None:
         raise InputError(f"--output {options.output} exists already: name a new record, or remove this one.")
 
 
-def _measure(models: Models, sets: Sequence[PromptSet], settings: Settings, warmup: int, journal: Journal) -> None:
+def _measure(models: Models, sets: Sequence[PromptSet], settings: Settings, warmup: int, journal: Rows) -> None:
     """Every prompt at every temperature that the journal does not hold."""
     from spd_lightning.bench.measure import measure
     from spd_lightning.data.progress import progress_bar

@@ -29,10 +29,12 @@ class Models:
     def encode(self, messages: Sequence[dict[str, Any]]) -> list[int]:
         """Token ids of a chat up to where the assistant begins to speak."""
         text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])  # the template wrote them
+        return list(
+            self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        )  # the template wrote them
 
     def encode_raw(self, text: str) -> list[int]:
-        return list(self.tokenizer(text)["input_ids"])
+        return list(self.tokenizer(text, verbose=False)["input_ids"])
 
     @property
     def chats(self) -> bool:

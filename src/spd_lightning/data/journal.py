@@ -50,7 +50,9 @@ def _lock(path: Path) -> Any:
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise InputError(f"--out: another process writes {path} now: let it end, or use another --rank.") from error
+        raise InputError(
+            f"another process writes {path} now: let it end, or write elsewhere (--rank, --out, --output)."
+        ) from error
     return lock
 
 
@@ -59,13 +61,13 @@ def _cut(path: Path) -> None:
     if not path.is_file():
         return
     end = 0
-    for start, line in _lines(path):
+    for start, line in whole_lines(path):
         end = start + len(line)
     if end < path.stat().st_size:
         os.truncate(path, end)
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+def whole_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Complete lines and where they start; a torn last line is left out.
 
     Raises:
@@ -89,7 +91,7 @@ Place = tuple[Path, int]
 def read_journals(folder: Path) -> Iterator[tuple[Place, Record]]:
     """All lines of all ranks' journals, with their places; the last one of each may just be being written."""
     for path in sorted(folder.glob("rank-*.lines")):
-        for start, line in _lines(path):
+        for start, line in whole_lines(path):
             try:
                 yield (path, start), json.loads(line)
             except ValueError as error:
@@ -143,8 +145,8 @@ class Workplace:
         """InputError where the folder holds the work of other settings; those not given here are not compared."""
         if not self._settings.is_file():
             return
-        known = _flat(json.loads(self._settings.read_text(encoding="utf-8")))
-        wanted = _flat(json.loads(json.dumps(settings)))
+        known = flat(json.loads(self._settings.read_text(encoding="utf-8")))
+        wanted = flat(json.loads(json.dumps(settings)))
         differs = [f"{n} was {known.get(n)!r}, now {value!r}" for n, value in wanted.items() if known.get(n) != value]
         if differs:
             raise InputError(
@@ -178,9 +180,9 @@ class Workplace:
         return Journal(self.journals / f"rank-{rank:05d}.lines")
 
 
-def _flat(settings: Record, prefix: str = "") -> Record:
+def flat(settings: Record, prefix: str = "") -> Record:
     """Settings within settings as dotted names."""
     found: Record = {}
     for name, value in settings.items():
-        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return found

@@ -6,10 +6,10 @@ teacher-forced pass that shares nothing with the decoder but the target. For any
 
     u_t = P_t(tokens before x_t) + v_t P_t(x_t),   v_t ~ U(0, 1) of its own,
 
-is uniform and independent of the past if, and only if, x_t follows P_t. Three orders are tested: by Q_t / P_t, where
-the head's favourites come first (every common fault of speculative sampling favours them), by P_t (a temperature or
-top-p that one side forgot) and by token id (draws that share a number). Two martingales follow: the mass on
-{Q_t > P_t}, and the product of neighbouring u.
+is uniform and independent of the past where x_t follows P_t. Three orders are tested: by Q_t / P_t, where the head's
+favourites come first (every common fault of speculative sampling favours them), by P_t (a temperature or top-p that one
+side forgot) and by token id (draws that share a number). Two martingales follow: the mass on {Q_t > P_t}, and the
+product of neighbouring u.
 
 All p-values are bounds that hold at any sample size: Dvoretzky-Kiefer-Wolfowitz with Massart's constant for the
 largest distance from uniform, Bennett's inequality in Freedman's form for the martingales. Together, over all tests and
