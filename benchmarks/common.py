@@ -23,6 +23,8 @@ from typing import Any
 
 from rich.console import Console
 
+from spd_lightning.export.background import without_paths
+
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = ROOT / "benchmarks" / "records"
 MIB = 2**20
@@ -89,7 +91,7 @@ def peak_above_start(run: Callable[[], object]) -> float:
 def write_record(name: str, results: Mapping[str, Any], threads: int) -> Path:
     """Write benchmarks/records/NAME.json, under a temporary name first."""
     record = {
-        "argv": [f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]],
+        "argv": [f"benchmarks/{Path(sys.argv[0]).name}", *without_paths(sys.argv[1:])],
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "HEAD"),
         "dirty": bool(_git("status", "--porcelain", "--", "src", "benchmarks/*.py")),

@@ -15,13 +15,32 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-@pytest.fixture(scope="module")
-def first_run() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("first_run", ROOT / "benchmarks" / "first_run.py")
+def benchmark(name: str) -> ModuleType:
+    """A script of benchmarks/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def first_run() -> ModuleType:
+    return benchmark("first_run")
+
+
+def test_the_table_of_a_deployed_head_is_the_one_that_the_record_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    record = json.loads((ROOT / "benchmarks" / "records" / "deployment.json").read_text())
+    assert benchmark("deployment").table(record) in README
+    assert record["installed"]["of_training"] == [] and record["commands"]["generate"]["identical"] is True
+
+
+def test_the_bench_record_is_of_80_prompts_and_lossless() -> None:
+    record = json.loads((ROOT / "benchmarks" / "records" / "bench_spec_bench.json").read_text())
+    whole = [metric for metric in record["metrics"] if metric["category"] is None]
+    assert [(metric["temperature"], metric["count"]) for metric in whole] == [(0.0, 80), (1.0, 80)]
+    assert whole[0]["identical"] == 80 and record["settings"]["max_new_tokens"] == 64
 
 
 def test_the_table_is_the_one_that_the_record_gives(first_run: ModuleType) -> None:

@@ -78,6 +78,7 @@ def run(argv: list[str]) -> int:
     from spd_lightning.head.digest import weights_digest
     from spd_lightning.provenance import machine, provenance
 
+    began = provenance()  # the state of the tree before anything is written into it
     sets = [read_prompts(path) for path in options.prompts]
     if len({one.name for one in sets}) < len(sets):
         raise InputError("--prompts: the same file, or one of the same folder's and file's name, is given twice.")
@@ -124,7 +125,7 @@ def run(argv: list[str]) -> int:
         raise
     n = models.head.staircase.num_stages
     metrics = figures(journal.rows, n, settings.seed)
-    record = {"format": FORMAT, **_provenance(provenance()), **about, "num_stages": n, "warmup": options.warmup}
+    record = {"format": FORMAT, **_provenance(began), **about, "num_stages": n, "warmup": options.warmup}
     record |= {
         "machine": machine(),
         "wall_clock_speedup": None,

@@ -58,7 +58,7 @@ def export_parser() -> CommandParser:
     )
     made.add_argument("--output", required=True, type=Path, metavar="PATH", help="new folder; a .pt file for v11")
     made.add_argument("--format", choices=("folder", "v11", "manifest"), default="folder", help="default: folder")
-    _add_dtype(made)
+    _add_dtype(made, "auto")
     story = made.add_argument_group("card")
     story.add_argument(
         "--bench", type=Path, nargs="+", default=[], metavar="RECORD", help="records of bench, made with these weights"
@@ -78,14 +78,16 @@ def import_parser() -> CommandParser:
     made = CommandParser("spd-lightning import", _IMPORT, _IMPORT_EXAMPLES)
     made.add_argument("head", type=Path, metavar="HEAD.pt", help="a version-11 file")
     made.add_argument("--output", required=True, type=Path, metavar="DIR", help="new folder")
-    _add_dtype(made)
+    _add_dtype(made, "keep")
     _add_target(made, required=True)
     return made
 
 
-def _add_dtype(parser: CommandParser) -> None:
+def _add_dtype(parser: CommandParser, default: str) -> None:
     parser.add_argument(
-        "--dtype", default="auto", help="auto (of the published target), keep (as stored), or a torch name"
+        "--dtype",
+        default=default,
+        help=f"auto (of the published target), keep (as stored), or a torch name; default: {default}",
     )
 
 
