@@ -111,6 +111,29 @@ def test_the_data_commands_lead_from_a_corpus_to_real_acceptance(tmp_path: Path)
     assert config["draft_token_ids"] == vocabulary
 
 
+def test_the_lines_that_hand_a_head_on_work_one_after_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from spd_lightning import cli
+    from spd_lightning.head.folder import save_head
+    from spd_lightning.head.loading import new_head
+    from spd_lightning.target.loading import load_target
+
+    monkeypatch.chdir(tmp_path)
+    save_head(new_head(load_target("tiny", num_stages=8), num_layers=1), tmp_path / "runs" / "tiny" / "head")
+    (tmp_path / "few.txt").write_text("What is itertools for?\n")
+    block = README.split("## Hand a head on")[1].split("```bash\n")[1].split("```")[0]
+    smaller = {"--certify ": "--certify --certify-prompts few.txt ", "--output bench": "--limit 2 --output bench"}
+    smaller |= {"src/spd_lightning/export": f"{ROOT}/src/spd_lightning/export"}
+    for before, after in smaller.items():
+        assert before in block
+        block = block.replace(before, after)
+    lines = [shlex.split(line, comments=True)[1:] for line in block.splitlines() if line.startswith("$S ")]
+    assert [words[0] for words in lines] == ["export", "generate", "bench", "export"]
+    for words in lines:
+        assert cli.main(words) == 0, words
+    card = (tmp_path / "heads" / "card" / "README.md").read_text()
+    assert "files/prompts, 2 x 64 tokens" in card and "Lossless in float32" in card
+
+
 def test_every_recipe_that_it_names_exists() -> None:
     for name in re.findall(r"--config (\w+)(?!\S*\.yaml)", README):
         if not name.startswith("my_"):

@@ -313,7 +313,7 @@ def _write_manifest(head: SpeculationHead, options: Namespace, background: Backg
 
     try:
         shutil.rmtree(staged, ignore_errors=True)
-        staged.mkdir()
+        staged.mkdir(parents=True)
         write_serving_folder(head, staged, _base_model(head, options), model_type, background.published)
         if options.output.is_dir():
             options.output.rmdir()

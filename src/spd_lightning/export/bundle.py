@@ -36,8 +36,6 @@ def check_output(output: Path) -> None:
     """Refuse a place that holds something, before anything is loaded."""
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise InputError(f"--output {output} exists already: name a new folder, or remove this one.")
-    if not output.parent.is_dir():
-        raise InputError(f"--output {output}: the folder {output.parent} does not exist.")
 
 
 def write_bundle(
@@ -64,7 +62,7 @@ def write_bundle(
     staged = output.with_name(f".{output.name}.part")  # what a killed process left of it is thrown away
     try:
         shutil.rmtree(staged, ignore_errors=True)
-        staged.mkdir()
+        staged.mkdir(parents=True)
         _fill(head, staged, background, certificate, name or output.name)
         prove(staged)
         if output.is_dir():

@@ -50,7 +50,12 @@ def checkpoint_head_config(path: Path, content: Mapping[str, Any] | None = None)
 
 def checkpoint_fields(path: Path) -> dict[str, Any]:
     """What a checkpoint holds: head_config, state_dict, hyper_parameters, ...; tensors stay on disk until used."""
-    data = read_pickled(path, "a checkpoint", mmap=True)
+    if path.is_dir():
+        from spd_lightning.head.zero import zero_fields
+
+        data = zero_fields(path)
+    else:
+        data = read_pickled(path, "a checkpoint", mmap=True)
     if not isinstance(data, dict) or "head_config" not in data or "state_dict" not in data:
         raise InputError(f"{path} is not a checkpoint of a head training run (no head_config in it).")
     return data

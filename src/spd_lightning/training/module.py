@@ -174,6 +174,7 @@ class SpdModule(L.LightningModule):
         self.head = new_head(
             self.target, options.num_layers, staircase.anchors, ids, hp.seed, options.kind, options.intermediate_size
         )
+        self._norm = self.head.norm.weight.detach().cpu().clone()
         self.train_statistics = DraftStatistics(staircase.num_stages)
         self.val_statistics = DraftStatistics(staircase.num_stages)
 
@@ -307,6 +308,8 @@ class SpdModule(L.LightningModule):
         checkpoint["state_dict"] = {k: v for k, v in state.items() if k.startswith(CHECKPOINT_PREFIX)}
         checkpoint["head_config"] = asdict(head.config)
         checkpoint["target"] = asdict(head.origin)
+        # ZeRO leaves frozen parameters out, or cuts them in pieces
+        checkpoint["head_frozen"] = {"norm.weight": self._norm}
         checkpoint["tokens_seen"] = self.tokens_seen
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
