@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from spd_lightning.errors import InputError, first_line
-from spd_lightning.export.check import PROVENANCE_FILE, within
+from spd_lightning.export.check import within
 from spd_lightning.head.digest import matches
-from spd_lightning.head.folder import read_head
+from spd_lightning.head.folder import PROVENANCE_FILE, read_head
 from spd_lightning.head.loading import HeadSource
 from spd_lightning.head.module import SpeculationHead
 

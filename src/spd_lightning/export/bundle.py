@@ -18,10 +18,9 @@ from typing import Any
 from spd_lightning.errors import BrokenInvariantError, InputError, first_line
 from spd_lightning.export.background import Background, dtype_name, metric_fields, without_paths
 from spd_lightning.export.card import certificate_line, model_card
-from spd_lightning.export.check import PROVENANCE_FILE
 from spd_lightning.export.fixture import FIXTURE_FILE, write_fixture
 from spd_lightning.head.digest import weights_digest
-from spd_lightning.head.folder import file_digest, save_head
+from spd_lightning.head.folder import PROVENANCE_FILE, file_digest, save_head
 from spd_lightning.head.module import SpeculationHead
 from spd_lightning.provenance import provenance
 

@@ -11,10 +11,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from spd_lightning.errors import InputError
+from spd_lightning.head.folder import PROVENANCE_FILE
 
 #: Packages of training: loading and decoding a head must do without them.
 HEAVY = ("lightning", "deepspeed", "wandb", "datasets")
-PROVENANCE_FILE = "provenance.json"
 
 
 def check_folder(folder: Path) -> dict[str, Any]:

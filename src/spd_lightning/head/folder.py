@@ -26,6 +26,8 @@ from spd_lightning.head.module import SpeculationHead
 from spd_lightning.target.identity import TargetIdentity
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+#: What `export` adds and loading does not need: where the head comes from, and the digests of all files.
+PROVENANCE_FILE = "provenance.json"
 FORMAT = "spd-head/2"
 #: What heads are stored in; other types of numbers in a file are no weights.
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -14,7 +14,7 @@ from torch import Tensor
 from spd_lightning.errors import InputError, first_line
 from spd_lightning.head.checkpoint import is_checkpoint, read_checkpoint
 from spd_lightning.head.config import HeadConfig, LayerStyle
-from spd_lightning.head.folder import CONFIG_FILE, WEIGHTS_FILE, read_head
+from spd_lightning.head.folder import CONFIG_FILE, PROVENANCE_FILE, WEIGHTS_FILE, read_head
 from spd_lightning.head.layout import StaircaseLayout
 from spd_lightning.head.module import SpeculationHead
 from spd_lightning.staircase import default_anchors
@@ -309,7 +309,9 @@ def _from_hub(source: str) -> Path:
 
     repo, _, revision = source.partition("@")
     try:
-        folder = snapshot_download(repo, revision=revision or None, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE])
+        folder = snapshot_download(
+            repo, revision=revision or None, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE, PROVENANCE_FILE]
+        )
     except Exception as error:  # the hub client's errors have no common base
         raise InputError(
             f"head={source!r} is no local path and cannot be fetched from the hub: {first_line(error)}"

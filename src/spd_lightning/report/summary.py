@@ -21,6 +21,7 @@ def print_summary(record: dict[str, Any], directory: Path, num_stages: int, cons
     console.print(f"\nRun directory [bold]{directory}[/]: run.json, metrics.jsonl, checkpoints/, head/, plots/")
     console.print("Try next:")
     console.print(f"  spd-lightning generate --target {record['config']['model']['target']} --head {directory}")
+    console.print(f"  spd-lightning export --checkpoint {directory} --output heads/{directory.name}")
     if results.get("tokens"):
         console.print(
             f"  more training: this head has seen {results['tokens'] / 1e6:.2f} M tokens; "
