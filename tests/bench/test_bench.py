@@ -55,7 +55,7 @@ def record(path: Path) -> dict[str, Any]:
 
 
 def decided(content: dict[str, Any]) -> Any:
-    rows = [{k: v for k, v in row.items() if not k.endswith("_seconds")} for row in content["rows"]]
+    rows = [{k: v for k, v in row.items() if "second" not in k} for row in content["rows"]]
     return [{name: metric[name] for name in FIGURES} for metric in content["metrics"]], rows
 
 
@@ -74,6 +74,9 @@ def test_a_seed_decides_every_figure_but_time(bench: Bench, tmp_path: Path, caps
     assert whole["identical"] == 6 and whole["mismatches"] == 0 and whole["wall_clock_speedup"] is None
     assert whole["equivalent_accept_length"] == pytest.approx(4 * whole["new_tokens"] / whole["cycles"])
     assert whole["acceptance"] == pytest.approx(whole["drafts_accepted"] / whole["drafts_verified"])
+    first = one["rows"][0]
+    assert first["acceptance"] == first["drafts_accepted"] / first["drafts_verified"]
+    assert first["theoretical_speedup"] == 4 * (first["new_tokens"] - 1) / first["cycles"]
     assert one["machine"]["cores"] and one["target"]["tokenizer_digest"] and one["prompt_sets"][0]["sha256"]
     assert str(tmp_path) not in json.dumps(one)
     out = capsys.readouterr().out

@@ -71,6 +71,17 @@ def _pooled(rows: Sequence[Row], n: int, seed: int) -> dict[str, Any]:
     }
 
 
+def row_fields(row: Row, num_stages: int) -> dict[str, Any]:
+    """A row as it stands in a record: counts and seconds, and the ratios that people look for."""
+    after_first = row.new_tokens - 1
+    return asdict(row) | {
+        "acceptance": _ratio(row.drafts_accepted, row.drafts_verified),
+        "accepted_per_restart": _ratio(row.drafts_accepted, row.drafts_verified - row.drafts_accepted),
+        "theoretical_speedup": _ratio(num_stages * after_first, row.cycles),
+        "tokens_per_second": _ratio(after_first, row.decode_seconds),
+    }
+
+
 def _by_prompt(rows: Iterable[Row]) -> np.ndarray:
     """[prompts, 5]: new tokens, cycles, verified, accepted, turns."""
     sums: dict[tuple[str, str], np.ndarray] = {}

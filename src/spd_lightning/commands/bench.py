@@ -73,7 +73,7 @@ def run(argv: list[str]) -> int:
     _check(options)
     from spd_lightning.bench.measure import Settings, fits
     from spd_lightning.bench.prompts import read_prompts
-    from spd_lightning.bench.record import CLOCK, FORMAT, Rows, figures, markdown
+    from spd_lightning.bench.record import CLOCK, FORMAT, Rows, figures, markdown, row_fields
     from spd_lightning.decoding.sampling import Sampling
     from spd_lightning.head.digest import weights_digest
     from spd_lightning.provenance import machine, provenance
@@ -131,7 +131,7 @@ def run(argv: list[str]) -> int:
         "wall_clock_speedup": None,
         "clock": CLOCK,
         "metrics": metrics,
-        "rows": [asdict(row) for row in journal.rows],
+        "rows": [row_fields(row, n) for row in journal.rows],
     }
     table = markdown(metrics, about["head"]["name"], n)  # type: ignore[index]
     write_whole(options.output, _as_json(record), "--output")
