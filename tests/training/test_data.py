@@ -174,7 +174,7 @@ def test_every_rank_validates_its_share_of_the_samples_and_has_at_least_one(
     data.setup("validate")
 
     def share(rank: int, world_size: int) -> list[int]:
-        data.trainer = SimpleNamespace(global_rank=rank, world_size=world_size)  # type: ignore[assignment]
+        data.trainer = SimpleNamespace(global_rank=rank, world_size=world_size, accumulate_grad_batches=1)  # type: ignore[assignment]
         return [index for batch in data.val_dataloader() for index in batch["sample_ids"].tolist()]
 
     assert [share(rank, 2) for rank in (0, 1)] == [[0, 2, 4], [1, 3]]
@@ -311,7 +311,7 @@ def streamed(data: SpdDataModule, rank: int = 0, world_size: int = 1, shown: int
     loops = trainer(max_steps=10).fit_loop
     loops.epoch_loop.batch_progress.total.processed = shown
     data.trainer = SimpleNamespace(  # type: ignore[assignment]
-        global_rank=rank, world_size=world_size, max_steps=10, fit_loop=loops
+        global_rank=rank, world_size=world_size, max_steps=10, fit_loop=loops, accumulate_grad_batches=1
     )
     loader = data.train_dataloader()
     assert isinstance(loader, StreamedBatches)

@@ -20,11 +20,12 @@ from spd_lightning.errors import InputError
 SECTIONS = {
     "seed_everything": "seed of everything random (default 0)",
     "run_dir": "folder of this run; a run never overwrites another, it takes run_dir-2, run_dir-3, ...",
-    "ckpt_path": "fit: resume from this checkpoint; validate: measure it (default: the untrained head)",
+    "ckpt_path": "fit: resume from it, last = go on in run_dir where it stands; validate: measure it",
     "model": "the frozen target, its stages, the head, the optimisation",
     "data": "conversations to train and validate on, batches",
     "decoding": "real decoding at every validation: acceptance p and speedup S, losslessness, drift",
     "final": "real decoding at the end, on prompts that no validation has seen",
+    "survival": "when the state is saved, what is skipped, how long a silent rank is waited for",
     "trainer": "Lightning's Trainer: steps, devices, precision, strategy, loggers",
 }
 _SWITCHES = ("config", "print_config", "help", "help-fields")
@@ -62,7 +63,9 @@ _EXAMPLES = {
     "fit": """\
   spd-lightning fit --config tiny
   spd-lightning fit --config tiny --run_dir runs/lr --model.learning_rate 5e-4 --trainer.max_steps 100
-  spd-lightning fit --config tiny --ckpt_path runs/tiny/checkpoints/last.ckpt --trainer.max_steps 800""",
+  spd-lightning fit --config tiny --ckpt_path last                       resume, or begin, in run_dir
+  spd-lightning fit --config llama31 --trainer.devices 8 --trainer.strategy deepspeed_stage_2
+  torchrun --nnodes 4 --nproc_per_node 8 ... -m spd_lightning fit --config llama31_70b      docs/scale.md""",
     "validate": """\
   spd-lightning validate --config tiny --ckpt_path runs/tiny/checkpoints/last.ckpt
   spd-lightning validate --config tiny --ckpt_path runs/tiny/checkpoints/last.ckpt --decoding.prompts 64""",
@@ -232,8 +235,10 @@ def check_arguments(arguments: Sequence[str], files: Sequence[Path]) -> None:
             if section not in SECTIONS and section not in _SWITCHES:
                 raise InputError(f"unknown argument --{flag}.{_suggest(flag, files)}")
     checkpoint = last_value("ckpt_path", arguments, files)
-    if isinstance(checkpoint, str) and "${" not in checkpoint and not Path(checkpoint).exists():
-        raise InputError(f"ckpt_path={checkpoint!r} does not exist: expected a checkpoint of an earlier run.")
+    if not isinstance(checkpoint, str) or "${" in checkpoint or checkpoint == "last":
+        return
+    if not Path(checkpoint).exists():
+        raise InputError(f"ckpt_path={checkpoint!r} does not exist: expected last or a checkpoint of an earlier run.")
 
 
 def _suggest(flag: str, files: Sequence[Path]) -> str:

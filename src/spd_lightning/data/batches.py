@@ -28,16 +28,39 @@ Rows = list[list[int]]  # samples of each row
 PACK_POOL = 2048
 
 
-def collate(rows: Sequence[Sequence[Sample]], length: int | None = None) -> Batch:
+@dataclass(frozen=True)
+class Share:
+    """What a micro-batch has to know of the global batch: all that ranks and accumulation put into one optimizer step.
+
+    Attributes:
+        epoch: of the data; seeds the restarts.
+        supervised, tokens: of the global batch, divided by its number of micro-batches. A sum over this micro-batch
+            divided by `supervised`, then averaged over micro-batches and ranks as strategies do, is the global mean:
+            it does not depend on how the global batch was cut.
+    """
+
+    epoch: int = 0
+    supervised: float = 1.0
+    tokens: float = 0.0
+
+    @classmethod
+    def of(cls, samples: Sequence[Sample], parts: int = 1, epoch: int = 0) -> Share:
+        """Of a global batch of these samples, cut into `parts`."""
+        return cls(epoch, sum(s.drafted for s in samples) / parts, sum(map(len, samples)) / parts)
+
+
+def collate(rows: Sequence[Sequence[Sample]], length: int | None = None, share: Share | None = None) -> Batch:
     """Rows of samples as tensors, padded on the right.
 
     Args:
         rows: the samples of each row.
         length: S; the longest row where None.
+        share: what the global batch is; None: these rows are all of it.
 
     Returns:
         input_ids, labelled, turn_starts, documents [B, S] (documents count from 0 within a row, padding has a number
-        of its own); sample_ids, starts, lengths [D], starts counted over the flattened [B S].
+        of its own); sample_ids, starts, lengths [D], starts counted over the flattened [B S]; epoch, supervised,
+        tokens, scalars of `Share`.
     """
     sizes = [sum(map(len, row)) for row in rows]
     length = max(sizes) if length is None else length
@@ -56,6 +79,7 @@ def collate(rows: Sequence[Sequence[Sample]], length: int | None = None) -> Batc
             starts.append(number * length + at)
             at += len(sample)
     samples = [sample for row in rows for sample in row]
+    share = Share.of(samples) if share is None else share
     return {
         "input_ids": torch.from_numpy(ids),
         "labelled": torch.from_numpy(labelled),
@@ -64,6 +88,9 @@ def collate(rows: Sequence[Sequence[Sample]], length: int | None = None) -> Batc
         "sample_ids": torch.tensor([sample.index for sample in samples]),
         "starts": torch.tensor(starts),
         "lengths": torch.tensor([len(sample) for sample in samples]),
+        "epoch": torch.tensor(share.epoch),
+        "supervised": torch.tensor(share.supervised, dtype=torch.float64),
+        "tokens": torch.tensor(share.tokens, dtype=torch.float64),
     }
 
 
@@ -184,21 +211,33 @@ class Resumable:
         self.epoch = epoch
 
 
+class PlannedBatch(Rows):
+    """A micro-batch, as rows of sample numbers, and its share of the global batch."""
+
+    def __init__(self, rows: Rows, share: Share) -> None:
+        super().__init__(rows)
+        self.share = share
+
+
 @dataclass
 class EpochBatches(Resumable):
-    """This rank's batches of an epoch: lists of rows, each a list of samples; ranks take turns in one common order.
+    """This rank's micro-batches of an epoch; ranks take turns in one common order.
 
-    Every rank and every epoch has the same number of batches (an epoch that packs into fewer shows its first ones
-    again, one that packs into more leaves some out); the last incomplete round is left out.
+    The order is that of micro-batches, whoever takes them: an optimizer step uses `world_size * accumulate` of them in
+    a row, so ranks can be traded for accumulation. Every rank and every epoch has the same number of micro-batches, a
+    multiple of `accumulate` (an epoch that packs into fewer shows its first ones again, one that packs into more leaves
+    some out); the last incomplete global batch is left out.
 
     Args:
         lengths: tokens of every sample.
-        batch_size: rows per batch.
+        batch_size: rows per micro-batch.
         seed: of the order.
         capacity: tokens of a packed row; None: padded rows.
         weights: mean number of times that each sample comes per epoch; None: once.
         rank, world_size: of the data-parallel processes.
         pool: see `plan`.
+        drafted: supervised positions of every sample; None: as many as tokens.
+        accumulate: micro-batches per rank and optimizer step.
     """
 
     lengths: np.ndarray
@@ -209,30 +248,45 @@ class EpochBatches(Resumable):
     rank: int = 0
     world_size: int = 1
     pool: int = 32
+    drafted: np.ndarray | None = None
+    accumulate: int = 1
 
     def __post_init__(self) -> None:
         self.lengths = np.asarray(self.lengths)
         self._batches, self._planned = self._plan(0), 0
-        self._rounds = len(self._batches) // self.world_size
+        self._rounds = len(self._batches) // (self.world_size * self.accumulate) * self.accumulate
         if not self._rounds:
             rows = "conversations" if self.capacity is None else f"tokens, in rows of {self.capacity}"
             found = len(self.lengths) if self.capacity is None else int(self.lengths.sum())
+            steps = f", and {self.accumulate} of them per optimizer step" if self.accumulate > 1 else ""
             raise InputError(
                 f"data.train has {found} {rows}, fewer than one batch of data.batch_size={self.batch_size} for each "
-                f"of {self.world_size} ranks."
+                f"of {self.world_size} ranks{steps}."
             )
 
     def __len__(self) -> int:
         return self._rounds
 
-    def __iter__(self) -> Iterator[Rows]:
+    def __iter__(self) -> Iterator[PlannedBatch]:
         skip = 0
         if self.shown is not None:
             self.epoch, skip = divmod(self.shown(), self._rounds)
         if self._planned != self.epoch:
             self._batches, self._planned = self._plan(self.epoch) or self._plan(0), self.epoch
         for number in range(skip, self._rounds):
-            yield self._batches[(number * self.world_size + self.rank) % len(self._batches)]
+            yield PlannedBatch(self._batch(number * self.world_size + self.rank), self._share(number))
+
+    def _batch(self, number: int) -> Rows:
+        return self._batches[number % len(self._batches)]
+
+    def _share(self, number: int) -> Share:
+        """Of the global batch to which this rank's micro-batch `number` belongs."""
+        parts = self.world_size * self.accumulate
+        first = number // self.accumulate * parts
+        samples = [i for at in range(first, first + parts) for row in self._batch(at) for i in row]
+        tokens = float(self.lengths[samples].sum())
+        supervised = tokens if self.drafted is None else float(self.drafted[samples].sum())
+        return Share(self.epoch, supervised / parts, tokens / parts)
 
     @property
     def efficiency(self) -> float:

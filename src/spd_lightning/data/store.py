@@ -151,6 +151,14 @@ class TokenStore:
         """[samples] int32: which of the sources each is of."""
         return self._column("source")
 
+    @cached_property
+    def drafted(self) -> np.ndarray:
+        """[samples] int64: labelled tokens of each that a head drafts, see `Sample.drafted`."""
+        turns = self._table["turns"].combine_chunks()
+        ends, offsets = turns.values.to_numpy().astype(np.int64), turns.offsets.to_numpy()
+        lengths = np.concatenate([[0], np.cumsum(ends[1::2] - ends[::2] - 1)])  # turns lie one after another
+        return lengths[offsets[1:] // 2] - lengths[offsets[:-1] // 2]
+
     def _column(self, name: str) -> np.ndarray:
         return np.asarray(self._table[name].to_numpy(), np.int32)
 

@@ -163,7 +163,7 @@ class _Run:
         self.attempts[position] = attempt + 1
         u = 0.0 if self.sampling.greedy else uniform(self.sampling.seed, Purpose.DRAFT, position, attempt)
         draft = self.drafter.draft(plan, self.kept, self.tokens, self.sampling, u)
-        for stage, at in plan.stages:
+        for stage, at in reversed(plan.stages):  # in the order of layers: weights that pass by (ZeRO-3) pass by once
             self.hidden[at] = self.target.run_layers(
                 self.hidden[at], self.stage_layers[stage], at, self.rotary, self.cache, self.keep, self.kept[at]
             )

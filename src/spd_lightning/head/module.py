@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -127,6 +128,18 @@ class HeadLayer(nn.Module):
         return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
 
 
+class LmHead(nn.Linear):
+    """Over the draft vocabulary, without bias."""
+
+    def forward(self, hidden: Tensor, fused: Callable[[Tensor, Tensor], Any] | None = None) -> Any:
+        """Logits [..., V_d] of [..., H]; or whatever `fused` makes of hidden and weight.
+
+        A loss that never holds all logits needs the weight itself, and under ZeRO-3 a weight is whole in its own
+        module's forward only.
+        """
+        return super().forward(hidden) if fused is None else fused(hidden, self.weight)
+
+
 class HeadCache:
     """Keys and values of the head during decoding: ONE row per position, overwritten when the position goes deeper."""
 
@@ -155,7 +168,11 @@ class SpeculationHead(nn.Module):
         self.aggregation = nn.ModuleList(nn.Linear((k + 1) * H, H, bias=False) for k in range(len(config.anchors)))
         self.layers = nn.ModuleList(HeadLayer(config) for _ in range(config.num_layers))
         self.norm = nn.RMSNorm(H, eps=config.rms_norm_eps).requires_grad_(False)
-        self.lm_head = nn.Linear(H, config.draft_vocab_size, bias=False)
+        self.lm_head = LmHead(H, config.draft_vocab_size, bias=False)
+        #: Whether the training view computes a layer's activations again in the backward pass instead of keeping them.
+        self.checkpoint_layers = False
+        #: Multiplications with weights, lm_head left out, in the last training forward; and rows that it returned.
+        self.last_work = (0, 0)
         self.make_tables()
 
     def make_tables(self) -> None:
@@ -229,15 +246,32 @@ class SpeculationHead(nn.Module):
         needed = [Rows(asked, blocks)]  # from the last layer's output back to the first layer's input
         for _ in self.layers:
             needed.append(layout.seen_by(needed[-1]))
+        self.last_work = (self._multiplications(needed), len(needed[0]))
         if position_ids is None:
             position_ids = torch.arange(S, device=asked.device)[None]
         rotary = self._rotary(states[0], position_ids.expand(B, S))
         x = self.aggregate(states, needed[-1])
         for layer, (rows, asking) in zip(self._layers, pairwise(reversed(needed)), strict=True):
-            x = _train_layer(layer, x, rows, asking, rotary, layout, dense)
+            arguments = (layer, x, rows, asking, rotary, layout, dense)
+            if self.checkpoint_layers and torch.is_grad_enabled():
+                x = checkpoint(_train_layer, *arguments, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = _train_layer(*arguments)
         if all_rows:
             return needed[0].spread(x)
         return x if select is not None else x.view(B, S, -1)
+
+    def _multiplications(self, needed: Sequence[Rows]) -> int:
+        """Of all weights with the rows of a forward, from the last layer's output back to the first one's input."""
+        config = self.config
+        H, D = config.hidden_size, config.head_dim
+        keys = 2 * H * config.num_key_value_heads * D
+        queries = (3 if config.style.gate else 2) * H * config.num_attention_heads * D  # and the output
+        others = queries + 3 * H * config.intermediate_size
+        first = needed[-1]
+        blocks = [self.staircase.reachable_blocks[r] for r in first.blocks]
+        total = sum(len(place) * (k + 1) * H * H for k, place in zip(blocks, first.places, strict=True))
+        return total + sum(keys * len(seen) + others * len(asking) for asking, seen in pairwise(needed))
 
     # -- the decoding view: the rows of one cycle ------------------------------------------------------------------
 

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
-from itertools import chain
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -38,42 +40,120 @@ _STAND_INS = [
 ]
 
 
-def zero_fields(folder: Path) -> dict[str, Any]:
+#: What AdamW keeps of every weight.
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class ZeroParts:
+    """The parts that the ranks of a run wrote, opened but not merged.
+
+    Attributes:
+        folder: where they lie.
+        stage: of ZeRO.
+        content: what the training module added: head_config, target, hyper_parameters, loops, callbacks, ...
+        shapes: names and shapes of the trained weights, per group of the optimizer.
+        states: of every rank, weights and optimizer.
+    """
+
+    folder: Path
+    stage: int
+    content: dict[str, Any]
+    shapes: list[dict[str, tuple[int, ...]]]
+    states: list[dict[str, Any]]
+
+    @property
+    def ranks(self) -> int:
+        return len(self.states)
+
+    def weights(self) -> dict[str, Tensor]:
+        """The trained weights in float32, merged."""
+        return self._merged(
+            [
+                state["fp32_flat_groups" if self.stage == 3 else "single_partition_of_fp32_groups"]
+                for state in self.states
+            ]
+        )
+
+    def optimizer(self) -> dict[str, Any]:
+        """AdamW's state as torch saves it, weights numbered group after group in the order of `shapes`."""
+        inner = [state["optimizer_state_dict" if self.stage == 3 else "base_optimizer_state"] for state in self.states]
+        inner = [state.get("optimizer_state_dict", state) for state in inner]
+        merged = {
+            name: self._merged([[state["state"][i][name] for i in sorted(state["state"])] for state in inner])
+            for name in MOMENTS
+        }
+        step = next(iter(inner[0]["state"].values()))["step"]
+        numbers = count()
+        groups = [
+            {name: value for name, value in group.items() if name != "params"}
+            | {"params": [next(numbers) for _ in shapes]}
+            for group, shapes in zip(inner[0]["param_groups"], self.shapes, strict=True)
+        ]
+        state = {
+            number: {"step": torch.as_tensor(float(step)), **{moment: merged[moment][name] for moment in MOMENTS}}
+            for number, name in enumerate(chain.from_iterable(self.shapes))
+        }
+        return {"state": state, "param_groups": groups}
+
+    def _merged(self, parts: Sequence[Sequence[Tensor]]) -> dict[str, Tensor]:
+        """[rank][group] pieces to whole weights by name."""
+        if self.stage == 3:
+            flat = [torch.cat([piece.flatten() for piece in part]) for part in parts]
+            return _pieces_of_parameters(flat, dict(chain.from_iterable(group.items() for group in self.shapes)))
+        return _pieces_of_groups(parts, self.shapes, self.states)
+
+
+def zero_fields(folder: Path, optimizer: bool = False) -> dict[str, Any]:
     """As of a checkpoint file: head_config, state_dict with float32 weights, target, hyper_parameters, ...
+
+    Args:
+        folder: the checkpoint.
+        optimizer: also optimizer_states, of torch's AdamW.
 
     Raises:
         InputError: a file is missing, damaged, of another kind, or parts do not add up; naming it.
     """
-    parts = folder / _tag(folder)
-    optimizers = _by_rank(parts, r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt")
-    states = [_read(path)["optimizer_state_dict"] for path in optimizers]
-    try:
-        stage, count = int(states[0]["zero_stage"]), states[0]["partition_count"]
-        ranks = max(count) if isinstance(count, list) else int(count)
+    with _complete(folder):
+        parts = open_parts(folder)
+        frozen = {f"head.{name}": tensor for name, tensor in parts.content.get("head_frozen", {}).items()}
+        fields = parts.content | {"state_dict": parts.weights() | frozen}
+        return fields | {"optimizer_states": [parts.optimizer()]} if optimizer else fields
+
+
+def open_parts(folder: Path) -> ZeroParts:
+    """The parts of a ZeRO checkpoint; raises as `zero_fields` does."""
+    with _complete(folder):
+        parts = folder / _tag(folder)
+        optimizers = _by_rank(parts, r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt")
+        states = [_read(path)["optimizer_state_dict"] for path in optimizers]
+        stage, pieces = int(states[0]["zero_stage"]), states[0]["partition_count"]
+        ranks = max(pieces) if isinstance(pieces, list) else int(pieces)
         if ranks != len(states):
             raise InputError(f"{parts} holds the parts of {len(states)} ranks, {ranks} wrote it: some are missing.")
         if stage == 3:
             models = _by_rank(parts, r"zero_pp_rank_(\d+)_mp_rank_00_model_states\.pt")
-        else:
-            models = [parts / "mp_rank_00_model_states.pt"]
-        content = _read(models[0])
-        shapes = [{name: tuple(shape) for name, shape in group.items()} for group in content["param_shapes"]]
-        if stage == 3:
-            flat = [torch.cat([piece.flatten() for piece in state["fp32_flat_groups"]]) for state in states]
-            weights = _pieces_of_parameters(flat, dict(chain.from_iterable(group.items() for group in shapes)))
         elif stage in (1, 2):
-            weights = _pieces_of_groups([state["single_partition_of_fp32_groups"] for state in states], shapes, states)
+            models = [parts / "mp_rank_00_model_states.pt"]
         else:
             raise InputError(f"{parts} was written by ZeRO stage {stage}: expected 1, 2 or 3.")
-        frozen = {f"head.{name}": tensor for name, tensor in content.get("head_frozen", {}).items()}
+        content = _read(models[0])
+        shapes = [{name: tuple(shape) for name, shape in group.items()} for group in content["param_shapes"]]
+        kept = {name: value for name, value in content.items() if name not in ("module", "optimizer", "param_shapes")}
+        return ZeroParts(parts, stage, kept, shapes, states)
+
+
+@contextmanager
+def _complete(folder: Path) -> Iterator[None]:
+    """Tell in one line what is missing or wrong in the parts."""
+    try:
+        yield
     except InputError:
         raise
-    except (KeyError, TypeError, ValueError, IndexError, RuntimeError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, RuntimeError, AttributeError, StopIteration) as error:
         raise InputError(
-            f"{parts} is no complete ZeRO checkpoint: {type(error).__name__}: {first_line(error)}"
+            f"{folder} is no complete ZeRO checkpoint: {type(error).__name__}: {first_line(error)}"
         ) from error
-    kept = {name: value for name, value in content.items() if name not in ("module", "optimizer", "param_shapes")}
-    return kept | {"state_dict": weights | frozen}
 
 
 def _pieces_of_groups(

@@ -198,6 +198,19 @@ def load_target(
     return target
 
 
+def shapes_of_target(path_or_id: str | Path, loading: Loading | None = None) -> Target:
+    """A target without its weights, on the meta device; raises as `check_target` does."""
+    from spd_lightning.target.sizes import weightless_target
+
+    loading = loading or Loading()
+    config = check_target(path_or_id, loading)
+    if loading.attention != "auto":
+        config._attn_implementation = loading.attention
+    target = weightless_target(config)
+    target.source, target.loading = str(path_or_id), loading
+    return target
+
+
 def _placement(loading: Loading, config: PretrainedConfig, place: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """Arguments of `from_pretrained` that say where weights go and how they are stored."""
     arguments: dict[str, Any] = {}

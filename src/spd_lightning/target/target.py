@@ -257,7 +257,8 @@ class Target(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Target logits [..., V] of last-layer outputs [..., H] (pre-norm)."""
-        logits = self.lm_head(self.norm(hidden)).to(hidden.device)
+        # not lm_head(...): where weights are gathered from other ranks, the caller says for how long (`gathered`)
+        logits = self.lm_head.forward(self.norm.forward(hidden)).to(hidden.device)
         return logits if self._softcap is None else softcap(logits, self._softcap)
 
     # -- one token through one stage (decoding) ----------------------------------------------------------------------

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import logging
 import re
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,14 +21,16 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
 from spd_lightning.commands.fit import SECTIONS, set_in
 from spd_lightning.commands.parsing import closest
 from spd_lightning.errors import InputError
+from spd_lightning.training.strategies import register as register_strategies
 
-Classes = tuple[type, type, type, type]
+Classes = tuple[type, type, type, type, type]
 _REDUCED = "It is recommended to use .self.log"  # counts are reduced across ranks before they are logged
 
 
@@ -40,7 +43,8 @@ class SpdCLI(LightningCLI):
     """
 
     def __init__(self, prog: str, arguments: Sequence[str], classes: Classes, fields_only: bool = False) -> None:
-        module, data, self.decoding_class, self.final_class = classes
+        module, data, self.decoding_class, self.final_class, self.survival_class = classes
+        register_strategies()
         self.prog, self.fields_only = prog, fields_only
         # Lightning advertises its cloud products whenever a trainer is built
         logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "💡 Tip" not in r.getMessage())
@@ -70,6 +74,7 @@ class SpdCLI(LightningCLI):
         parser.add_argument("--ckpt_path", type=str | None, default=None, help=SECTIONS["ckpt_path"])
         parser.add_lightning_class_args(self.decoding_class, "decoding")
         parser.add_class_arguments(self.final_class, "final", instantiate=False)
+        parser.add_class_arguments(self.survival_class, "survival", instantiate=False)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         # LightningCLI's own method warns whenever `args` are given and sys.argv holds some too
@@ -120,13 +125,14 @@ class SpdCLI(LightningCLI):
 
 
 def project_classes() -> Classes:
-    """The classes whose fields are the sections model, data, decoding and final."""
+    """The classes whose fields are the sections model, data, decoding, final and survival."""
     from spd_lightning.training.data import SpdDataModule
     from spd_lightning.training.module import SpdModule
     from spd_lightning.training.run import FinalEvaluation
+    from spd_lightning.training.survival import Survival
     from spd_lightning.training.validation import DecodingValidation
 
-    return SpdModule, SpdDataModule, DecodingValidation, FinalEvaluation
+    return SpdModule, SpdDataModule, DecodingValidation, FinalEvaluation, Survival
 
 
 def run(command: str, arguments: Sequence[str], files: Sequence[Path]) -> int:
@@ -134,9 +140,13 @@ def run(command: str, arguments: Sequence[str], files: Sequence[Path]) -> int:
     _quiet()
     cli = parse(f"spd-lightning {command}", arguments, files, project_classes())
     from spd_lightning.training import run as runs
+    from spd_lightning.training.survival import StoppedError
 
     try:
         runs.fit(cli) if command == "fit" else runs.validate(cli)
+    except StoppedError as stopped:
+        rank_zero_only(print)(str(stopped), file=sys.stderr, flush=True)
+        return 128 + stopped.signal  # as a shell reports a signal
     except MisconfigurationException as error:
         raise InputError(f"trainer: {shorten(str(error))}") from error
     except SystemExit:

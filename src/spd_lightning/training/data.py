@@ -6,17 +6,19 @@ streamed instead, tokenised as it comes and shuffled in windows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from functools import cached_property
+from functools import lru_cache
+from math import ceil
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 import numpy as np
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from spd_lightning.data.batches import Batch, EpochBatches, Resumable, Rows, collate, plan
+from spd_lightning.data.batches import Batch, EpochBatches, PlannedBatch, Resumable, Rows, Share, collate, plan
 from spd_lightning.data.chat import ChatEncoder, ChatOptions, Sample
 from spd_lightning.data.cleaning import Cleaner, Cleaning, Part, check_sources
 from spd_lightning.data.parallel import chunks
@@ -46,7 +48,10 @@ class SpdDataModule(L.LightningDataModule):
         chat: how conversations are rendered.
         cleaning: what is dropped from the sources, and when there is too much of it.
         max_length: tokens; longer conversations are cut. Also the length of a packed row.
-        batch_size: rows per batch and rank: conversations, or packed rows of max_length tokens.
+        batch_size: rows per micro-batch, what one rank computes at once: conversations, or packed rows of max_length
+            tokens.
+        global_batch_size: rows per optimizer step over all ranks; trainer.accumulate_grad_batches follows from it, so
+            that a run is the same on any number of ranks. null: batch_size x ranks x accumulate_grad_batches.
         packing: several conversations per row, without seeing one another; auto: where the target's family can.
         streaming: read the training sources as training goes, for corpora that no disk holds; needs trainer.max_steps.
         window: rows of a streamed corpus that are shuffled together.
@@ -66,6 +71,7 @@ class SpdDataModule(L.LightningDataModule):
         cleaning: Cleaning = Cleaning(),  # noqa: B008 (frozen)
         max_length: int = 512,
         batch_size: int = 16,
+        global_batch_size: int | None = None,
         packing: bool | Literal["auto"] = "auto",
         streaming: bool = False,
         window: int = 4096,
@@ -81,12 +87,14 @@ class SpdDataModule(L.LightningDataModule):
         self.validation_sources = None if validation is None else check_sources("data.validation", validation)
         self.validation_share, self.chat, self.cleaning = validation_share, chat, cleaning
         self.max_length, self.batch_size, self.seed = max_length, batch_size, seed
+        self.global_batch_size = global_batch_size
         self.packing, self.streaming, self.window = packing, streaming, window
         self.validation_samples, self.num_workers = validation_samples, num_workers
         self.folder = default_folder() if cache is None else Path(cache).expanduser()
         for name, value, least in (
             ("max_length", max_length, 2),
             ("batch_size", batch_size, 1),
+            ("global_batch_size", 1 if global_batch_size is None else global_batch_size, 1),
             ("window", window, 1),
             ("validation_samples", validation_samples, 1),  # without any, no validation and no real decoding would run
             ("num_workers", num_workers, 0),
@@ -112,6 +120,68 @@ class SpdDataModule(L.LightningDataModule):
             _ = self.batches  # refuses too few conversations before the target is loaded
         if self.validation_set is None:
             self.validation_set = self._store("data.validation", self.validation_encoding)
+
+    # -- global batches, on any number of ranks ----------------------------------------------------------------------
+
+    def share_out(self, trainer: L.Trainer, before: Mapping[str, Any] | None = None) -> None:
+        """Let the trainer accumulate what makes a global batch.
+
+        Args:
+            trainer: whose `accumulate_grad_batches` is set.
+            before: `state_dict` of a run that is resumed, whose global batches stay what they were.
+
+        Raises:
+            InputError: ranks and micro-batches do not make up the global batch, or not that of the run before.
+        """
+        rows = self.global_batch_size
+        if before:
+            known = before["batch_size"] * before["world_size"] * before["accumulate"]
+            for name, ours, theirs in (
+                ("batch_size", self.batch_size, before["batch_size"]),
+                ("global_batch_size", known if rows is None else rows, known),
+                ("seed", self.seed, before["seed"]),
+                ("max_length", self.max_length, before["max_length"]),
+            ):
+                if ours != theirs:
+                    raise InputError(
+                        f"data.{name}={ours}: the run that is resumed had {theirs}, and the order of its data would be "
+                        f"another one. Set data.{name} to {theirs}; ranks may be more or fewer."
+                    )
+            rows = known
+        self.trainer = trainer  # ranks and accumulation are known from now on
+        if rows is None:
+            return
+        world, given = trainer.world_size, trainer.accumulate_grad_batches
+        if rows % (self.batch_size * world):
+            raise InputError(
+                f"data.global_batch_size={rows}: expected a multiple of data.batch_size={self.batch_size} x {world} "
+                f"ranks ({self.batch_size * world})."
+            )
+        trainer.accumulate_grad_batches = rows // (self.batch_size * world)
+        if not before and given not in (1, trainer.accumulate_grad_batches):
+            raise InputError(
+                f"trainer.accumulate_grad_batches={given}: data.global_batch_size={rows} asks for "
+                f"{trainer.accumulate_grad_batches} on {world} ranks. Leave it out."
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What decides which rows a step uses; where the run stands is counted by the trainer."""
+        return {
+            "batch_size": self.batch_size,
+            "world_size": self._place[1],
+            "accumulate": self._accumulate,
+            "seed": self.seed,
+            "max_length": self.max_length,
+            "store": None if self.train_samples is None else self.train_samples.path.name,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        ours, theirs = self.state_dict()["store"], state_dict["store"]
+        if ours != theirs:
+            rank_zero_warn(
+                f"The checkpoint was made on other data (fingerprint {theirs}, now {ours}): the run goes on, but it "
+                "does not repeat what it would have been. Check data.train and the tokenizer."
+            )
 
     # -- encodings and stores ----------------------------------------------------------------------------------------
 
@@ -150,13 +220,25 @@ class SpdDataModule(L.LightningDataModule):
         """Tokens of a packed row; None where rows are padded."""
         return self.max_length if self.packed else None
 
-    @cached_property
+    @property
     def batches(self) -> EpochBatches:
         """This rank's training batches."""
+        return self._planned_for(*self._place, self._accumulate)
+
+    @lru_cache(maxsize=1)  # noqa: B019 (one data module per process; ranks are known late, and packing takes a while)
+    def _planned_for(self, rank: int, world_size: int, accumulate: int) -> EpochBatches:
         assert self.train_samples is not None, "setup has not run"
-        rank, world = self._place
-        weights = np.array([source.weight for source in self.train_sources])[self.train_samples.source_numbers]
-        return EpochBatches(self.train_samples.lengths, self.batch_size, self.seed, self.capacity, weights, rank, world)
+        return EpochBatches(
+            self.train_samples.lengths,
+            self.batch_size,
+            self.seed,
+            self.capacity,
+            weights=np.array([source.weight for source in self.train_sources])[self.train_samples.source_numbers],
+            rank=rank,
+            world_size=world_size,
+            drafted=self.train_samples.drafted,
+            accumulate=accumulate,
+        )
 
     def train_dataloader(self) -> DataLoader[Batch] | StreamedBatches:
         if self.streaming:
@@ -164,7 +246,7 @@ class SpdDataModule(L.LightningDataModule):
                 raise InputError("data.streaming: the length of an epoch is not known. Set trainer.max_steps.")
             streamed = StreamedBatches(
                 self.train_encoding, self.batch_size, self.seed, self.capacity, *self._place, self.window,
-                self.num_workers,
+                self.num_workers, self._accumulate,
             )  # fmt: skip
             streamed.shown = self._shown
             return streamed
@@ -179,8 +261,15 @@ class SpdDataModule(L.LightningDataModule):
         count = min(self.validation_samples, len(self.validation_set))
         if count < world:  # a rank without a batch would skip the validation that the others wait in
             raise InputError(f"data.validation_samples={count}: expected at least one for each of {world} ranks.")
-        chosen = [[index] for index in self._validation_order()[:count].tolist()[rank::world]]
-        return self._loader(self.validation_set, list(chunks(chosen, self.batch_size)), None)
+        drafted, lengths = self.validation_set.drafted, self.validation_set.lengths
+        mine = self._validation_order()[:count].tolist()[rank::world]
+        # as many batches on every rank: under ZeRO-3 each of them is a meeting of all ranks
+        parts = np.array_split(mine, ceil(ceil(count / world) / self.batch_size))
+        batches = [
+            PlannedBatch([[i] for i in part], Share(0, float(drafted[part].sum()), float(lengths[part].sum())))
+            for part in (part.tolist() for part in parts)
+        ]
+        return self._loader(self.validation_set, batches, None)
 
     def prompts(self, count: int, skip: int = 0) -> list[list[int]]:
         """Held-out prompts for real decoding, up to the first assistant turn. InputError if there are too few."""
@@ -215,6 +304,11 @@ class SpdDataModule(L.LightningDataModule):
         """Rank and number of ranks."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
+    @property
+    def _accumulate(self) -> int:
+        """Micro-batches per rank and optimizer step."""
+        return int(self.trainer.accumulate_grad_batches) if self.trainer else 1
+
     def _shown(self) -> int:
         """Training batches of this run so far, before a checkpoint that it goes on from included."""
         progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress if self.trainer else None
@@ -224,14 +318,14 @@ class SpdDataModule(L.LightningDataModule):
         return DataLoader(
             _Rows(samples),  # type: ignore[arg-type]
             batch_sampler=batches,
-            collate_fn=_Collate(capacity),
+            collate_fn=_Collate(capacity),  # type: ignore[arg-type]  # it gets what __getitems__ returns
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
         )
 
 
 class _Rows:
-    """What a loader reads of a store: the samples of one row."""
+    """What a loader reads of a store: the samples of a micro-batch, row by row."""
 
     def __init__(self, samples: TokenStore) -> None:
         self.samples = samples
@@ -239,16 +333,19 @@ class _Rows:
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, row: Sequence[int]) -> list[Sample]:
-        return [self.samples[index] for index in row]
+    def __getitems__(self, batch: PlannedBatch) -> tuple[list[list[Sample]], Share]:
+        rows = [[self.samples[index] for index in row] for row in batch]
+        # a rank that has nothing to do in a round still takes part in it
+        return rows or [[replace(self.samples[0], turns=())]], batch.share
 
 
 class _Collate:
     def __init__(self, length: int | None) -> None:
         self.length = length
 
-    def __call__(self, rows: Sequence[Sequence[Sample]]) -> Batch:
-        return collate(rows, self.length)
+    def __call__(self, planned: tuple[list[list[Sample]], Share]) -> Batch:
+        rows, share = planned
+        return collate(rows, self.length, share)
 
 
 # -- streaming -------------------------------------------------------------------------------------------------------
@@ -285,6 +382,7 @@ class StreamedBatches(Resumable):
         batch_size, seed, capacity, rank, world_size: as in `EpochBatches`.
         window: rows that are shuffled together.
         num_workers: processes that tokenise.
+        accumulate: as in `EpochBatches`.
     """
 
     def __init__(
@@ -297,9 +395,11 @@ class StreamedBatches(Resumable):
         world_size: int,
         window: int,
         num_workers: int,
+        accumulate: int = 1,
     ) -> None:
         self.encoding, self.batch_size, self.seed, self.capacity = encoding, batch_size, seed, capacity
         self.rank, self.world_size, self.window, self.num_workers = rank, world_size, window, num_workers
+        self.accumulate = accumulate
         self.tally = Tally()
         self._lengths: dict[int, int] = {}  # batches of the epochs that are over
 
@@ -311,24 +411,26 @@ class StreamedBatches(Resumable):
                 self.epoch, skip = self.epoch + 1, skip - length
         while True:
             count = 0
-            for batch in self._batches():
+            for batch, share in self._batches():
                 count += 1
                 if count > skip:
-                    yield collate(batch, self.capacity)
+                    yield collate(batch, self.capacity, share)
             self._lengths[self.epoch] = count
             if count > skip or not count:
                 return
             self.epoch, skip = self.epoch + 1, skip - count  # the run that is resumed has been through this epoch
 
-    def _batches(self) -> Iterator[list[list[Sample]]]:
-        """This rank's batches of the epoch."""
-        round_: list[list[list[Sample]]] = []  # batches that the ranks take at the same time
+    def _batches(self) -> Iterator[tuple[list[list[Sample]], Share]]:
+        """This rank's micro-batches of the epoch."""
+        step: list[list[list[Sample]]] = []  # the micro-batches of a global batch
+        parts = self.world_size * self.accumulate
         for samples, rows in self._planned():
             for batch in rows:
-                round_.append([[samples[i] for i in row] for row in batch])
-                if len(round_) == self.world_size:
-                    yield round_[self.rank]
-                    round_ = []
+                step.append([[samples[i] for i in row] for row in batch])
+                if len(step) == parts:
+                    share = Share.of([s for batch in step for row in batch for s in row], parts, self.epoch)
+                    yield from ((mine, share) for mine in step[self.rank :: self.world_size])
+                    step = []
 
     def _planned(self) -> Iterator[tuple[list[Sample], list[Rows]]]:
         self.tally = Tally()

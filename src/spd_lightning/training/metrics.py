@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from spd_lightning.data.batches import Batch
 from spd_lightning.training.losses import COLUMNS
 
 
@@ -18,17 +19,31 @@ class DraftStatistics(Metric):
 
     full_state_update = False
     table: Tensor
+    places: Tensor
 
     def __init__(self, num_stages: int) -> None:
         super().__init__()
         self.add_state("table", torch.zeros(num_stages + 1, len(COLUMNS), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("places", torch.zeros(3, dtype=torch.float64), dist_reduce_fx="sum")
 
-    def update(self, table: Tensor) -> None:
+    def update(self, table: Tensor, batch: Batch | None = None) -> None:
+        """Add a micro-batch: its table and, to count its tokens, itself."""
         self.table += table.to(self.table.device)
+        if batch is not None:
+            counts = [batch["input_ids"].numel(), int(batch["lengths"].sum()), int(batch["labelled"].sum())]
+            self.places += torch.tensor(counts, dtype=torch.float64, device=self.places.device)
 
     def compute(self) -> dict[str, Tensor]:
-        """Ratios over all fills: top1 (acceptance at T=0), alpha (acceptance at T=1), hit2, hit4, miss, kl."""
-        return _ratios(self.table.sum(0))
+        """Ratios over all fills: top1 (acceptance at T=0), alpha (acceptance at T=1), hit2, hit4, miss, kl.
+
+        Where batches were counted too, also the share of their positions that hold a token (filled; the rest is
+        padding) and of the tokens that are labelled.
+        """
+        values = _ratios(self.table.sum(0))
+        positions, tokens, labelled = self.places
+        if positions > 0:
+            values |= {"filled": (tokens / positions).float(), "labelled": (labelled / tokens).float()}
+        return values
 
 
 def by_fill(table: Tensor) -> list[dict[str, float]]:

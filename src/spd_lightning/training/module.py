@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Literal
 
 import lightning as L
@@ -15,17 +16,21 @@ from spd_lightning.errors import InputError
 from spd_lightning.head.checkpoint import CHECKPOINT_PREFIX
 from spd_lightning.head.config import HeadConfig
 from spd_lightning.head.layout import StaircaseLayout
-from spd_lightning.head.loading import new_head, resolve_head_kind
+from spd_lightning.head.loading import new_head, resolve_head_kind, shapes_of_head
 from spd_lightning.head.module import SpeculationHead
 from spd_lightning.head.vocabulary import read_draft_vocabulary
 from spd_lightning.randomness import Purpose, generator
 from spd_lightning.staircase import Staircase, default_anchors, empty_stages, resolve_stage_layers
 from spd_lightning.target.balance import measured_split
 from spd_lightning.target.families import packing_refusal
-from spd_lightning.target.loading import Loading, check_target, load_target
+from spd_lightning.target.gathering import gathered
+from spd_lightning.target.loading import Loading, check_target, load_target, shapes_of_target
 from spd_lightning.target.target import Target
 from spd_lightning.training.losses import chunked_draft_kl
 from spd_lightning.training.metrics import DraftStatistics, by_fill
+from spd_lightning.training.resuming import check_weights, rescale_progress, trained_groups
+from spd_lightning.training.strategies import ZeroStrategy
+from spd_lightning.training.survival import gradients_finite
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,8 @@ class SpdModule(L.LightningModule):
         warmup: share of the steps in which the learning rate rises linearly; then cosine.
         final_learning_rate: end of the cosine, as a share of the peak.
         loss_chunk: supervised positions whose logits exist at a time.
+        activation_checkpointing: keep only the input of each layer of the head and compute the rest once more in the
+            backward pass: less memory, about a third more work of the head.
         seed: of the head's initial weights and of the restarts.
     """
 
@@ -86,6 +93,7 @@ class SpdModule(L.LightningModule):
         warmup: float = 0.05,
         final_learning_rate: float = 0.1,
         loss_chunk: int = 1024,
+        activation_checkpointing: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -107,7 +115,8 @@ class SpdModule(L.LightningModule):
         if loss_chunk < 1:
             raise InputError(f"model.loss_chunk={loss_chunk}: expected at least 1.")
         self.strict_loading = False  # the frozen target is in no checkpoint; missing HEAD keys are refused below
-        self.tokens_seen = 0
+        self.tokens_seen = 0.0
+        self._step_applied = True
         self.statistics_due = 0  # the optimizer step after which training statistics are logged
         self.teacher_forced_by_fill: list[dict[str, float]] = []
         self.target: Target | None = None
@@ -155,15 +164,22 @@ class SpdModule(L.LightningModule):
             return
         hp, options = self.settings, self.head_options
         staircase = self.check()
-        device, ranks = torch.device("cpu"), 1
-        if self._trainer is not None:
-            device, ranks = self._trainer.strategy.root_device, self._trainer.world_size
+        strategy = None if self._trainer is None else self._trainer.strategy
+        ranks = 1 if self._trainer is None else self._trainer.world_size
         if self.loading.device_map is not None and ranks > 1:
             raise InputError(
                 f"model.loading.device_map={self.loading.device_map!r} lets one process use every device, and "
                 f"{ranks} processes train: set trainer.devices to 1, or leave the map out."
             )
-        self.target = load_target(hp.target, device=device, loading=self.loading)
+        zero = strategy if isinstance(strategy, ZeroStrategy) else None
+        cut = zero is not None and zero.stage == 3
+        reads = not cut or self.trainer.is_global_zero
+        device = torch.device("cpu") if strategy is None or cut else strategy.root_device
+        dtype = zero.weight_dtype if zero is not None and self.loading.dtype == "auto" else None
+        if reads:
+            self.target = load_target(hp.target, device=device, dtype=dtype, loading=self.loading)
+        else:
+            self.target = shapes_of_target(hp.target, self.loading)
         if hp.stage_layers == "auto" and self.stage_layers is None:
             self.stage_layers = self._measured_stages(self.target)
             staircase = self.check()
@@ -171,10 +187,19 @@ class SpdModule(L.LightningModule):
         ids = None
         if options.draft_vocabulary is not None:
             ids = read_draft_vocabulary(options.draft_vocabulary, self.target.vocab_size)
-        self.head = new_head(
+        make = new_head if reads else shapes_of_head
+        self.head = make(
             self.target, options.num_layers, staircase.anchors, ids, hp.seed, options.kind, options.intermediate_size
         )
-        self._norm = self.head.norm.weight.detach().cpu().clone()
+        self.head.checkpoint_layers = hp.activation_checkpointing
+        for k in set(range(len(staircase.anchors))) - set(staircase.reachable_blocks):
+            self.head.aggregation[k].requires_grad_(False)  # no row passes it
+        self._frozen = {
+            name: p.detach().cpu().clone() for name, p in self.head.named_parameters() if not p.requires_grad
+        }
+        if cut:
+            assert zero is not None
+            zero.cut(self.target, self.head)
         self.train_statistics = DraftStatistics(staircase.num_stages)
         self.val_statistics = DraftStatistics(staircase.num_stages)
 
@@ -195,13 +220,16 @@ class SpdModule(L.LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         from transformers import get_scheduler
 
-        _, head = self.parts()
-        trained = [p for p in head.parameters() if p.requires_grad]
+        weights = dict(self.named_parameters())
+        matrices, others = ([weights[name] for name in names] for names in trained_groups(weights.items()))
         groups = [
-            {"params": [p for p in trained if p.ndim >= 2], "weight_decay": self.settings.weight_decay},
-            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+            {"params": matrices, "weight_decay": self.settings.weight_decay},
+            {"params": others, "weight_decay": 0.0},
         ]
-        optimizer = torch.optim.AdamW(groups, lr=self.settings.learning_rate, betas=(0.9, 0.95))
+        strategy = self.trainer.strategy
+        # in host memory the fused kernel is several times as fast
+        fused = True if isinstance(strategy, ZeroStrategy) and strategy.offloads else None
+        optimizer = torch.optim.AdamW(groups, lr=self.settings.learning_rate, betas=(0.9, 0.95), fused=fused)
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = get_scheduler(
             "cosine_with_min_lr",
@@ -216,31 +244,38 @@ class SpdModule(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         due = (self.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
-        loss, table = self.loss(batch, self.current_epoch, statistics=due)
-        if not torch.isfinite(loss):
-            raise InputError(
-                f"the loss became {loss.item()} in step {self.global_step} (samples {batch['sample_ids'].tolist()}). "
-                f"Lower model.learning_rate (now {self.settings.learning_rate}) or trainer.gradient_clip_val."
-            )
-        tokens = int(batch["lengths"].sum())
-        self.tokens_seen += tokens * self.trainer.world_size
-        self.log("train/filled", tokens / batch["input_ids"].numel())  # the rest of a batch is padding
-        self.log("train/labelled", float(batch["labelled"].sum()) / tokens)
-        self.log("train/loss", loss, prog_bar=True)
-        self.log("tokens", float(self.tokens_seen))
+        loss, table = self.loss(batch, statistics=due)
+        self.tokens_seen += float(batch["tokens"]) * self.trainer.world_size
+        self.log("loss", loss.detach(), prog_bar=True, logger=False)  # this micro-batch's, for a quick look
         if due:
             self.statistics_due = self.global_step + 1
-            self.train_statistics.update(table)
+            self.train_statistics.update(table, batch)
         return loss
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         # the optimizer step that was due is over: all its micro-batches (and ranks) are in the sums
         if self.train_statistics.update_called and self.global_step == self.statistics_due:
-            self.log_dict({f"train/{name}": x for name, x in self.train_statistics.compute().items()})
+            values = self.train_statistics.compute()
+            self.log("train/loss", values["kl"])  # of the global batch
+            self.log_dict({f"train/{name}": x for name, x in values.items()})
+            self.log("tokens", self.tokens_seen)
             self.train_statistics.reset()
 
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        # DeepSpeed looks by itself, and so does the scaler of float16
+        if not isinstance(self.trainer.strategy, ZeroStrategy) and self.trainer.precision != "16-mixed":
+            self._step_applied = gradients_finite(self.parameters())
+            if not self._step_applied:
+                optimizer.zero_grad(set_to_none=True)  # a weight without gradient stays as it is
+
+    @property
+    def step_applied(self) -> bool:
+        """Whether the last optimizer step changed the weights: not where a gradient was not finite."""
+        strategy = self.trainer.strategy
+        return strategy.step_applied if isinstance(strategy, ZeroStrategy) else self._step_applied
+
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        _, table = self.loss(batch, epoch=0, statistics=True)
+        _, table = self.loss(batch, statistics=True)
         self.val_statistics.update(table)
 
     def on_validation_epoch_end(self) -> None:
@@ -260,19 +295,22 @@ class SpdModule(L.LightningModule):
         self.log("tokens", float(self.tokens_seen))
         self.val_statistics.reset()
 
-    def loss(self, batch: Batch, epoch: int, statistics: bool) -> tuple[Tensor, Tensor]:
-        """Mean loss over supervised positions and the statistics table of a batch."""
+    def loss(self, batch: Batch, statistics: bool) -> tuple[Tensor, Tensor]:
+        """A micro-batch's part of the loss and its statistics table.
+
+        The part is such that its mean over the micro-batches of an optimizer step, on all ranks, is the mean over the
+        supervised positions of the global batch, see `Share`.
+        """
         target, head = self.parts()
         documents = positions = None
         if is_packed(batch):  # causality alone hides padding, not another document
             documents, positions = batch["documents"], position_ids(batch)
         states, last = target(batch["input_ids"], head.config.anchors, positions, documents)
-        layout = StaircaseLayout(head.staircase, self.entry_cycles(batch, epoch), documents)
+        layout = StaircaseLayout(head.staircase, self.entry_cycles(batch), documents)
         select = supervised_positions(batch)
         hidden = head([state.to(head.dtype) for state in states], layout, positions, select)
-        total, table = chunked_draft_kl(
-            hidden=head.norm(hidden),
-            lm_head=head.lm_head.weight,
+        loss = partial(
+            chunked_draft_kl,
             target_hidden=last[select],
             target_logits=target.logits,
             draft_ids=head.draft_token_ids,
@@ -282,14 +320,17 @@ class SpdModule(L.LightningModule):
             statistics=statistics,
             softcap=head.config.logit_softcap,
         )
-        return total / select.sum().clamp(min=1), table
+        with gathered(target.norm, target.lm_head):  # chunks differ in number from rank to rank
+            total, table = head.lm_head(head.norm(hidden), loss)
+        return total / batch["supervised"].clamp(min=1).to(total.dtype), table
 
-    def entry_cycles(self, batch: Batch, epoch: int) -> Tensor:
+    def entry_cycles(self, batch: Batch) -> Tensor:
         """[B, S]: gap n at each assistant turn's first token and at drawn restarts, else 1.
 
         The draw is a function of (seed, epoch, sample), so a resumed run or another number of ranks repeats it.
         """
         _, head = self.parts()
+        epoch = int(batch["epoch"])
         starts = batch["turn_starts"]
         draws = torch.ones(starts.numel(), dtype=torch.float64)  # padding restarts nowhere
         places = zip(batch["sample_ids"].tolist(), batch["starts"].tolist(), batch["lengths"].tolist(), strict=True)
@@ -308,13 +349,12 @@ class SpdModule(L.LightningModule):
         checkpoint["state_dict"] = {k: v for k, v in state.items() if k.startswith(CHECKPOINT_PREFIX)}
         checkpoint["head_config"] = asdict(head.config)
         checkpoint["target"] = asdict(head.origin)
-        # ZeRO leaves frozen parameters out, or cuts them in pieces
-        checkpoint["head_frozen"] = {"norm.weight": self._norm}
+        checkpoint["head_frozen"] = self._frozen  # ZeRO leaves frozen parameters out, or cuts them in pieces
         checkpoint["tokens_seen"] = self.tokens_seen
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.configure_model()
-        self.tokens_seen = checkpoint.get("tokens_seen", 0)
+        self.tokens_seen = checkpoint.get("tokens_seen", 0.0)
         _, head = self.parts()
         ours, theirs = asdict(head.config), checkpoint.get("head_config", {})
         if theirs:  # fields that it is too old to have mean their defaults
@@ -326,10 +366,9 @@ class SpdModule(L.LightningModule):
                 f"in this configuration{f' (also: {differing[1:]})' if differing[1:] else ''}. Resume with the "
                 "configuration of the run that wrote it."
             )
-        expected = {CHECKPOINT_PREFIX + name for name in head.state_dict()}
-        found = set(checkpoint["state_dict"])
-        if expected != found:
-            raise InputError(
-                f"The checkpoint does not hold this head: missing {sorted(expected - found)[:3]}, "
-                f"foreign {sorted(found - expected)[:3]}. Resume with the configuration of the run that wrote it."
-            )
+        if "state_dict" in checkpoint:  # ZeRO has checked and loaded its own
+            shapes = {name: tuple(tensor.shape) for name, tensor in checkpoint["state_dict"].items()}
+            check_weights(shapes, self, "The checkpoint")
+        before = checkpoint.get("SpdDataModule", {}).get("accumulate")
+        if before is not None and self._trainer is not None:
+            rescale_progress(checkpoint["loops"], self._trainer.accumulate_grad_batches, before)

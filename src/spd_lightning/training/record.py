@@ -14,6 +14,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_only
 
 from spd_lightning.errors import InputError
+from spd_lightning.files import write_whole
 from spd_lightning.provenance import command_line, commit, now, versions
 from spd_lightning.training.data import SpdDataModule
 
@@ -32,14 +33,28 @@ class RunRecord:
     data: dict[str, Any] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)
     status: str = "running"
+    #: When the run began earlier and how each part of it ended, where it was resumed in its own directory.
+    resumed: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def going_on(cls, directory: Path, config: dict[str, Any]) -> RunRecord:
+        """The record of a run that goes on in its directory, or begins there."""
+        record = cls(directory, config)
+        try:
+            earlier = json.loads((directory / "run.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return record
+        # one that says it is running was killed
+        part = {"began": earlier["began"], "status": earlier["status"].replace("running", "killed")}
+        record.resumed = [*earlier.get("resumed", []), part]
+        record.seconds = earlier["seconds"]
+        return record
 
     @rank_zero_only
     def save(self) -> None:
         content = asdict(self) | {"directory": self.directory.name, "commit": commit(), "versions": versions()}
         content["config"] = self.config
-        temporary = self.directory / ".run.json"
-        temporary.write_text(json.dumps(content, indent=2, default=str) + "\n")
-        temporary.replace(self.directory / "run.json")
+        write_whole(self.directory / "run.json", json.dumps(content, indent=2, default=str) + "\n", "run_dir:")
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -64,6 +79,19 @@ def new_run_directory(wanted: Path) -> Path:
     return path
 
 
+def run_directory_in_place(wanted: Path) -> Path:
+    """`wanted` itself, for a run that goes on there."""
+    try:
+        wanted.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _cannot_create(wanted, error) from error
+    return wanted
+
+
+def _cannot_create(wanted: Path, error: OSError) -> InputError:
+    return InputError(f"run_dir={str(wanted)!r} cannot be created: {error.strerror}. Set run_dir.")
+
+
 def _first_free(wanted: Path) -> Path:
     number, path = 1, wanted
     while True:
@@ -76,7 +104,7 @@ def _first_free(wanted: Path) -> Path:
             number += 1
             path = wanted.with_name(f"{wanted.name}-{number}")
         except OSError as error:
-            raise InputError(f"run_dir={str(wanted)!r} cannot be created: {error.strerror}. Set run_dir.") from error
+            raise _cannot_create(wanted, error) from error
 
 
 def fingerprint(data: SpdDataModule) -> dict[str, Any]:

@@ -4,7 +4,8 @@ run_dir/
   run.json            argv, commit, versions, configuration, data fingerprint, results (rewritten as they come in)
   config.yaml         the complete configuration; `fit --config run_dir/config.yaml` repeats the run
   metrics.jsonl       one line per logged step
-  checkpoints/        best by REAL acceptance, and the last
+  checkpoints/        the best head by REAL acceptance, and the newest states to resume from
+  skipped/            batches of steps whose gradient was not finite, if any
   head/               the best head: config.json + model.safetensors
   plots/              PNG
 """
@@ -19,6 +20,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from spd_lightning.decoding.decoder import CycleEvent, SpdDecoder
 from spd_lightning.decoding.evaluation import (
@@ -32,15 +34,38 @@ from spd_lightning.decoding.evaluation import (
 )
 from spd_lightning.decoding.sampling import Sampling
 from spd_lightning.errors import BrokenInvariantError, InputError
-from spd_lightning.head.checkpoint import CHECKPOINT_PREFIX, checkpoint_head_config
+from spd_lightning.files import write_whole
+from spd_lightning.head.checkpoint import read_checkpoint
+from spd_lightning.head.config import HeadConfig
 from spd_lightning.head.folder import save_head
 from spd_lightning.head.loading import load_head
 from spd_lightning.staircase import Staircase
-from spd_lightning.target.loading import check_target
+from spd_lightning.target.gathering import in_pieces
+from spd_lightning.target.loading import check_target, load_target
+from spd_lightning.target.target import Target
 from spd_lightning.training.data import SpdDataModule
 from spd_lightning.training.loggers import JsonLinesLogger
 from spd_lightning.training.module import SpdModule
-from spd_lightning.training.record import RunRecord, fingerprint, new_run_directory, plain
+from spd_lightning.training.record import (
+    RunRecord,
+    fingerprint,
+    new_run_directory,
+    plain,
+    run_directory_in_place,
+)
+from spd_lightning.training.resuming import Header, read_header
+from spd_lightning.training.saving import SaveProgress, WholeCheckpointIO, progress_checkpoints
+from spd_lightning.training.strategies import ZeroStrategy
+from spd_lightning.training.strategies import check as check_strategy
+from spd_lightning.training.survival import (
+    RandomState,
+    RankWatch,
+    SkippedSteps,
+    StopOnSignal,
+    StoppedError,
+    Survival,
+)
+from spd_lightning.training.throughput import Throughput
 from spd_lightning.training.validation import DecodingValidation
 
 
@@ -73,35 +98,40 @@ class FinalEvaluation:
 def fit(cli: Any) -> Path:
     """The main job: check, train with real decoding in every validation, evaluate, report."""
     module, data, trainer = cli.model, cli.datamodule, cli.trainer
-    final = FinalEvaluation(**plain(cli.config["final"]))
-    staircase = _prepare(cli)
-    directory = new_run_directory(Path(cli.config["run_dir"]))
-    record = RunRecord(directory, plain(cli.config))
+    final, survival = FinalEvaluation(**plain(cli.config["final"])), Survival(**plain(cli.config["survival"]))
+    ckpt_path = _resumed_from(cli)
+    staircase = _prepare(cli, None if ckpt_path is None else read_header(ckpt_path))
+    in_place = cli.config.get("ckpt_path") == "last"
+    wanted = Path(cli.config["run_dir"])
+    directory = run_directory_in_place(wanted) if in_place else new_run_directory(wanted)
+    record = RunRecord.going_on(directory, plain(cli.config)) if in_place else RunRecord(directory, plain(cli.config))
     record.save()
     if trainer.is_global_zero:
-        (directory / "config.yaml").write_text(cli.parser.dump(cli.config))
+        write_whole(directory / "config.yaml", cli.parser.dump(cli.config), "run_dir:")
     try:
         with record.phase("load data"):
             data.setup("fit")
             record.data = fingerprint(data)
             seen = max(_validation_decoding(trainer).prompts, data.validation_samples)  # by validations
             _check_data(module, data, _validation_decoding(trainer), final, seen)
-        _attach(trainer, directory)
-        with record.phase("train and validate"):
-            trainer.fit(module, datamodule=data, ckpt_path=cli.config.get("ckpt_path"))
+        stop = _attach(trainer, directory, survival)
+        with record.phase("train and validate"), stop.listening():
+            trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
         best = _export_best(trainer, module, directory)
         record.results["best_val_acceptance"] = best
-        record.results["tokens"] = module.tokens_seen
+        record.results["tokens"] = round(module.tokens_seen)
         record.results["teacher_forced_by_fill"] = module.teacher_forced_by_fill
         if final.prompts and trainer.is_global_zero:
-            module.to(trainer.strategy.root_device)  # Lightning moves it to the CPU when training ends
+            target = _whole_target(module, trainer)
             with record.phase("final decoding"):
-                _final(record, module, data, final, skip=seen)
+                _final(record, module, target, data, final, skip=seen)
             with record.phase("plots"):
-                _plots(record, module, data)
+                _plots(record, module, target, data)
         record.status = "finished"
     except BaseException as error:
-        record.status = f"failed: {type(error).__name__}: {error}"
+        record.status = (
+            f"stopped: {error}" if isinstance(error, StoppedError) else f"failed: {type(error).__name__}: {error}"
+        )
         raise
     finally:
         record.save()
@@ -115,48 +145,95 @@ def fit(cli: Any) -> Path:
 def validate(cli: Any) -> list[Any]:
     """Teacher-forced metrics and real decoding of a checkpoint (or of the untrained head), without training."""
     module, data, trainer = cli.model, cli.datamodule, cli.trainer
-    _prepare(cli)
-    return trainer.validate(module, datamodule=data, ckpt_path=cli.config.get("ckpt_path"))
+    ckpt_path = _resumed_from(cli)
+    _prepare(cli, None if ckpt_path is None else read_header(ckpt_path), resumes=False)
+    _keep_whole(trainer)
+    return trainer.validate(module, datamodule=data, ckpt_path=ckpt_path)
 
 
-def _prepare(cli: Any) -> Staircase:
-    """Let the parts of a run know of one another, and refuse what can be refused without reading a weight."""
-    module, data = cli.model, cli.datamodule
+def _resumed_from(cli: Any) -> Path | None:
+    """The checkpoint that ckpt_path means: `last` is the newest one of run_dir that can be read, if there is one."""
+    wanted = cli.config.get("ckpt_path")
+    if wanted != "last":
+        return None if wanted is None else Path(wanted)
+    folder = Path(cli.config["run_dir"]) / "checkpoints"
+    for path in reversed(progress_checkpoints(folder)):
+        try:
+            read_header(path)
+        except InputError as error:
+            rank_zero_warn(f"{error} The run goes on from an older checkpoint.")
+        else:
+            rank_zero_only(print)(f"Going on from {path}.", flush=True)
+            return path
+    rank_zero_only(print)(f"No checkpoint in {folder}: the run starts from the beginning.", flush=True)
+    return None
+
+
+def _prepare(cli: Any, header: Header | None, resumes: bool = True) -> Staircase:
+    """Let the parts of a run know of one another, and refuse what can be refused without reading a weight.
+
+    Args:
+        header: of the checkpoint that the run begins with.
+        resumes: whether it goes on training, with the same global batches.
+    """
+    module, data, trainer = cli.model, cli.datamodule, cli.trainer
+    check_strategy(trainer.strategy, trainer.precision)
     if data.tokenizer_source == module.settings.target:
         data.loading = module.loading
-    path = cli.config.get("ckpt_path")
-    if path is not None and Path(path).is_file() and module.settings.stage_layers == "auto":
+    if header is not None and module.settings.stage_layers == "auto":
         # what was measured then holds: another clock today must not ask for another head
-        module.stage_layers = checkpoint_head_config(Path(path)).stage_layers
+        module.stage_layers = HeadConfig(**header.fields["head_config"]).stage_layers
     staircase = module.check()
     data.choose_packing(module.packing_refusal())
+    data.share_out(trainer, header.data if header is not None and resumes else None)
+    _validation_decoding(trainer).schedule(trainer)
     return staircase
 
 
 # -- pieces of fit -----------------------------------------------------------------------------------------------------
 
 
-def _attach(trainer: L.Trainer, directory: Path) -> None:
-    """Logger and checkpoints of the run directory, beside whatever the user configured."""
-    trainer.loggers = [*trainer.loggers, JsonLinesLogger(directory / "metrics.jsonl")]
+def _attach(trainer: L.Trainer, directory: Path, survival: Survival) -> StopOnSignal:
+    """Logger, checkpoints and watchmen of the run directory, beside whatever the user configured."""
+    _keep_whole(trainer)
+    log = JsonLinesLogger(directory / "metrics.jsonl")
+    trainer.loggers = [*trainer.loggers, log]
+    folder = directory / "checkpoints"
+    progress = SaveProgress(
+        folder, survival.keep, survival.save_every_steps, survival.save_every_minutes, resumed=log.go_on_at
+    )
+    stop = StopOnSignal(progress)
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, DecodingValidation):
+            callback.directory = callback.directory or str(folder)
+            callback.between_prompts = stop.check
     # Lightning adds a checkpoint callback without monitor and folder of its own; ours replaces it
     callbacks = [c for c in trainer.callbacks if not (isinstance(c, ModelCheckpoint) and c.monitor is None)]  # type: ignore[attr-defined]
     trainer.callbacks = [  # type: ignore[attr-defined]
         *callbacks,
+        Throughput(),
+        RankWatch(survival.dead_rank_seconds),
+        RandomState(),
+        SkippedSteps(directory / "skipped", survival.skipped_steps),
+        stop,
+        LearningRateMonitor("step"),
         ModelCheckpoint(
-            directory / "checkpoints",
+            folder,
             filename="step{step}-acceptance{val/acceptance:.4f}",
             auto_insert_metric_name=False,
             monitor="val/acceptance",  # what counts is what the decoder accepts, not the loss
             mode="max",
+            enable_version_counter=False,  # a validation that is repeated finds the same
         ),
-        # not save_last, which copies a checkpoint only when it is the best: a resumed run would lose what came after
-        ModelCheckpoint(directory / "checkpoints", filename="last", enable_version_counter=False),
-        LearningRateMonitor("step"),
+        progress,  # last: its states know which head is the best
     ]
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, DecodingValidation) and callback.directory is None:
-            callback.directory = str(directory / "checkpoints")
+    return stop
+
+
+def _keep_whole(trainer: L.Trainer) -> None:
+    """Checkpoints of one file are complete or not there, and may be read from ZeRO's."""
+    if not isinstance(trainer.strategy, ZeroStrategy):
+        trainer.strategy.checkpoint_io = WholeCheckpointIO()
 
 
 def _validation_decoding(trainer: L.Trainer) -> DecodingValidation:
@@ -190,25 +267,31 @@ def _check_data(
 
 
 def _export_best(trainer: L.Trainer, module: SpdModule, directory: Path) -> float | None:
-    """Load the best checkpoint's weights back and write the head; returns its validation acceptance."""
-    import torch
-
-    target, head = module.parts()
+    """Write the head of the best checkpoint; returns its validation acceptance."""
     checkpoint = next(c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor)
-    if checkpoint.best_model_path:
-        state = torch.load(checkpoint.best_model_path, map_location="cpu", weights_only=True)["state_dict"]
-        head.load_state_dict({k.removeprefix(CHECKPOINT_PREFIX): v for k, v in state.items()})
+    newest = progress_checkpoints(directory / "checkpoints")
     if trainer.is_global_zero:
-        save_head(head, directory / "head")
+        save_head(read_checkpoint(Path(checkpoint.best_model_path or newest[-1])), directory / "head")
     score = checkpoint.best_model_score
     return None if score is None else float(score)
 
 
-def _final(record: RunRecord, module: SpdModule, data: SpdDataModule, final: FinalEvaluation, skip: int) -> None:
+def _whole_target(module: SpdModule, trainer: L.Trainer) -> Target:
+    """The target to decode with after training; where its weights lie in pieces on all ranks, it is loaded anew."""
+    target, _ = module.parts()
+    if in_pieces(target):
+        stages = target.stage_layers
+        target = load_target(module.settings.target, device=trainer.strategy.root_device, loading=module.loading)
+        return target.partition(stage_layers=stages)
+    return target.to(trainer.strategy.root_device)  # Lightning moves it to the CPU when training ends
+
+
+def _final(
+    record: RunRecord, module: SpdModule, target: Target, data: SpdDataModule, final: FinalEvaluation, skip: int
+) -> None:
     """Decode the final prompts with every arm and store figures, intervals and verdicts."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    target, _ = module.parts()
     prompts = data.prompts(final.prompts, skip=skip)
     greedy = Arm("trained head", 0.0)
     arms = [Arm("plain", 0.0), *(Arm("trained head", t) for t in final.temperatures)]
@@ -286,7 +369,7 @@ def acceptance_by_fill(generations: Sequence[Any]) -> list[dict[str, float]]:
     return [{"fill": f, "count": n, "top1": a / n} for f, (n, a) in sorted(counts.items())]
 
 
-def _plots(record: RunRecord, module: SpdModule, data: SpdDataModule) -> None:
+def _plots(record: RunRecord, module: SpdModule, target: Target, data: SpdDataModule) -> None:
     from spd_lightning.report.plots import plot_acceptance_by_fill, plot_occupancy, plot_training
 
     folder = record.directory / "plots"
@@ -298,7 +381,6 @@ def _plots(record: RunRecord, module: SpdModule, data: SpdDataModule) -> None:
     plot_acceptance_by_fill(
         module.teacher_forced_by_fill, folder / "acceptance_by_fill.png", decoded=greedy["by_fill"] if greedy else None
     )
-    target, _ = module.parts()
     head = load_head(record.directory / "head", target)
     events: list[CycleEvent] = []
     SpdDecoder(target, head).generate(data.prompts(1)[0], 48, observer=events.append)

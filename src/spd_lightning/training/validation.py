@@ -9,7 +9,8 @@ therefore its seconds are simulated time and are never called a speedup.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from spd_lightning.decoding.generation import Generation
 from spd_lightning.errors import BrokenInvariantError, InputError
 from spd_lightning.head.module import SpeculationHead
 from spd_lightning.target.target import Target
+from spd_lightning.training.carousel import whole_weights
 from spd_lightning.training.data import SpdDataModule
 
 #: Counts that ranks add up before any ratio is taken, in this order.
@@ -36,15 +38,46 @@ class DecodingValidation(L.Callback):
         prompts: held-out prompts per validation, shared out among ranks.
         max_new_tokens: new tokens per prompt.
         directory: where a checkpoint is saved before the run is failed; default: the trainer's root directory.
+        every_steps: validate every so many optimizer steps; null: as trainer.val_check_interval says, in batches.
     """
 
-    def __init__(self, prompts: int = 16, max_new_tokens: int = 64, directory: str | None = None) -> None:
-        for name, value, least in (("prompts", prompts, 1), ("max_new_tokens", max_new_tokens, 2)):
-            if value < least:
+    def __init__(
+        self,
+        prompts: int = 16,
+        max_new_tokens: int = 64,
+        directory: str | None = None,
+        every_steps: int | None = None,
+    ) -> None:
+        for name, value, least in (
+            ("prompts", prompts, 1),
+            ("max_new_tokens", max_new_tokens, 2),
+            ("every_steps", every_steps, 1),
+        ):
+            if value is not None and value < least:
                 raise InputError(f"decoding.{name}={value}: expected at least {least}.")
         self.prompts, self.max_new_tokens, self.directory = prompts, max_new_tokens, directory
+        self.every_steps = every_steps
+        #: Called by all ranks after each round of prompts; a run that is told to stop leaves there.
+        self.between_prompts: Callable[[L.Trainer], None] = lambda trainer: None
         self.reference: dict[tuple[int, ...], Generation] = {}
         self.spent, self.began = 0.0, time.perf_counter()
+
+    def schedule(self, trainer: L.Trainer) -> None:
+        """Validate at the end of an optimizer step: in the middle of one, no state can be saved."""
+        accumulate, interval = trainer.accumulate_grad_batches, trainer.val_check_interval
+        if self.every_steps is not None:
+            trainer.val_check_interval = self.every_steps * accumulate
+            trainer.check_val_every_n_epoch = None
+        elif isinstance(interval, int) and interval % accumulate:
+            raise InputError(
+                f"trainer.val_check_interval={interval} batches end in the middle of an optimizer step of {accumulate} "
+                "batches. Set decoding.every_steps instead, which counts steps."
+            )
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        accumulate, interval = trainer.accumulate_grad_batches, trainer.val_check_batch
+        if interval is not None and interval != float("inf"):  # a share of an epoch, up to the end of the step
+            trainer.val_check_batch = ceil(interval / accumulate) * accumulate
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.spent, self.began = 0.0, time.perf_counter()
@@ -57,8 +90,17 @@ class DecodingValidation(L.Callback):
         assert isinstance(data, SpdDataModule)
         target, head = pl_module.parts()
         began = time.perf_counter()
-        mine = data.prompts(self.prompts)[trainer.global_rank :: trainer.world_size]
-        counts, bad = self.measure(target, head, mine)
+        rank, world = trainer.global_rank, trainer.world_size
+        prompts = data.prompts(self.prompts)
+        counts = torch.zeros(len(COUNTS), dtype=torch.float64, device=trainer.strategy.root_device)
+        bad: list[str] = []
+        rounds = range(0, len(prompts), world)
+        with whole_weights(target, head, trainer) as turn:
+            for start in tqdm(rounds, "real decoding", leave=False, unit="round", disable=rank != 0):
+                with turn():
+                    found, wrong = self.measure(target, head, prompts[start + rank : start + rank + 1], start + rank)
+                counts, bad = counts + found.to(counts.device), bad + wrong
+                self.between_prompts(trainer)
         totals = dict(zip(COUNTS, trainer.strategy.reduce(counts, reduce_op="sum").tolist(), strict=True))
         self.spent += time.perf_counter() - began
         self._log(pl_module, totals, head.staircase.num_stages, time.perf_counter() - began)
@@ -66,15 +108,15 @@ class DecodingValidation(L.Callback):
             self._fail(trainer, bad)
 
     def measure(
-        self, target: Target, head: SpeculationHead, prompts: Sequence[list[int]]
+        self, target: Target, head: SpeculationHead, prompts: Sequence[list[int]], first: int = 0
     ) -> tuple[torch.Tensor, list[str]]:
-        """Counts (in the order of COUNTS) over some prompts, and a line per broken invariant."""
+        """Counts (in the order of COUNTS) over prompts number `first`, ..., and a line per broken invariant."""
         was_training = head.training
         head.eval()
         decoder = SpdDecoder(target, head)
         counts = torch.zeros(len(COUNTS), dtype=torch.float64, device=target.device)
         bad: list[str] = []
-        for number, prompt in enumerate(tqdm(prompts, "real decoding", leave=False, unit="prompt")):
+        for number, prompt in enumerate(prompts, first):
             found = decoder.generate(prompt, self.max_new_tokens)
             divergence = lossless_divergence(target, prompt, found, self._plain(target, prompt))
             drifted = drift(target, head, prompt, found)
