@@ -168,6 +168,8 @@ def _quiet() -> None:
         "Found .* module.* in eval mode",
         ".*does not have many workers",
         ".*LeafSpec.*is deprecated",
+        "You're resuming from a checkpoint that ended before the epoch ended",  # the sampler knows where it was
+        "Checkpoint directory .* exists and is not empty",
         _REDUCED,
     ):
         warnings.filterwarnings("ignore", message)

@@ -117,6 +117,7 @@ class SpdModule(L.LightningModule):
         self.strict_loading = False  # the frozen target is in no checkpoint; missing HEAD keys are refused below
         self.tokens_seen = 0.0
         self._step_applied = True
+        self._frozen: dict[str, Tensor] = {}  # of the head, where this rank has read it
         self.statistics_due = 0  # the optimizer step after which training statistics are logged
         self.teacher_forced_by_fill: list[dict[str, float]] = []
         self.target: Target | None = None
@@ -194,9 +195,9 @@ class SpdModule(L.LightningModule):
         self.head.checkpoint_layers = hp.activation_checkpointing
         for k in set(range(len(staircase.anchors))) - set(staircase.reachable_blocks):
             self.head.aggregation[k].requires_grad_(False)  # no row passes it
-        self._frozen = {
-            name: p.detach().cpu().clone() for name, p in self.head.named_parameters() if not p.requires_grad
-        }
+        if reads:
+            frozen = ((name, p) for name, p in self.head.named_parameters() if not p.requires_grad)
+            self._frozen = {name: p.detach().cpu().clone() for name, p in frozen}
         if cut:
             assert zero is not None
             zero.cut(self.target, self.head)

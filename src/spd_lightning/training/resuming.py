@@ -110,6 +110,7 @@ def trained_groups(parameters: Iterable[tuple[str, nn.Parameter]]) -> tuple[list
 def load_into_engine(fields: dict[str, Any], module: nn.Module, engine: Any) -> None:
     """Merged weights and AdamW's state into a DeepSpeed engine of any stage; each rank takes its part."""
     import deepspeed
+    from deepspeed.utils import safe_set_full_fp32_param
 
     weights = fields["state_dict"]
     parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
@@ -117,38 +118,44 @@ def load_into_engine(fields: dict[str, Any], module: nn.Module, engine: Any) -> 
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
             if parameter.numel():  # of stage 3, all ranks hold it now and rank 0's stays
                 parameter.copy_(weights[name])
-        _set(parameter, weights[name], None)
-    if engine.optimizer is None or not fields.get("optimizer_states"):  # validation
+        if engine.optimizer is not None and not hasattr(parameter, "ds_id"):
+            safe_set_full_fp32_param(parameter, weights[name])
+    inner = getattr(engine.optimizer, "optimizer", None)
+    if inner is None or not fields.get("optimizer_states"):  # validation
         return
     saved = fields["optimizer_states"][0]
     names = [name for group in trained_groups(parameters.items()) for name in group]
+    by_stage = {True: "fp32_partitioned_groups_flat", False: "single_partition_of_fp32_groups"}
+    stage_3 = hasattr(next(iter(parameters.values())), "ds_id")
+    for flat in getattr(engine.optimizer, by_stage[stage_3]):  # DeepSpeed would make them in the first step
+        empty = {moment: torch.zeros_like(flat) for moment in MOMENTS}
+        inner.state[flat] = {"step": saved["state"][0]["step"].clone(), **empty}
+    place = _place_in_pieces if stage_3 else _place_in_groups
     for number, name in enumerate(names):
+        if stage_3:
+            place(engine.optimizer, parameters[name], weights[name], None)
         for moment in MOMENTS:
-            _set(parameters[name], saved["state"][number][moment], moment)
-    inner = engine.optimizer.optimizer
-    for state in inner.state.values():
-        state["step"] = saved["state"][0]["step"].clone()
+            place(engine.optimizer, parameters[name], saved["state"][number][moment], moment)
     for groups in (inner.param_groups, engine.optimizer.param_groups):
         for group, theirs in zip(groups, saved["param_groups"], strict=True):
             group.update({name: value for name, value in theirs.items() if name != "params"})
 
 
-def _set(parameter: nn.Parameter, whole: Tensor, moment: str | None) -> None:
-    """This rank's part of a float32 weight, or of a moment of it."""
-    from deepspeed.utils import (
-        safe_set_full_fp32_param,
-        safe_set_full_optimizer_state,
-        safe_set_local_fp32_param,
-        safe_set_local_optimizer_state,
-    )
-
-    if not hasattr(parameter, "ds_id"):
-        if moment is None:
-            safe_set_full_fp32_param(parameter, whole)
-        else:
-            safe_set_full_optimizer_state(parameter, whole, moment)
+def _place_in_groups(optimizer: Any, parameter: nn.Parameter, whole: Tensor, moment: str | None) -> None:
+    """Stages 1 and 2: this rank's part of a moment, in the flat piece of the weight's group that the rank holds."""
+    mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+    if mapping is None:  # all of the weight is another rank's
         return
+    flat = optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
+    there, here = mapping.hp_fragment_address, mapping.lp_fragment_address
+    part = whole.flatten().narrow(0, here.start, here.numel)
+    optimizer.optimizer.state[flat][moment].narrow(0, there.start, there.numel).copy_(part)
+
+
+def _place_in_pieces(optimizer: Any, parameter: nn.Parameter, whole: Tensor, moment: str | None) -> None:
+    """Stage 3: this rank's piece of a float32 weight, or of a moment of it; the last rank's ends with padding."""
     import torch.distributed as dist
+    from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
     piece = math.ceil(whole.numel() / dist.get_world_size())
     padded = torch.nn.functional.pad(whole.flatten(), (0, piece * dist.get_world_size() - whole.numel()))

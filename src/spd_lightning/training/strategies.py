@@ -184,6 +184,10 @@ class ZeroStrategy(DeepSpeedStrategy):
 
     # -- steps -------------------------------------------------------------------------------------------------------
 
+    def backward(self, closure_loss: torch.Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        # Lightning has divided by the number of micro-batches; DeepSpeed would once more, and clipping would see it
+        return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
+
     @property
     def step_applied(self) -> bool:
         """Whether the last optimizer step changed the weights; it does not where gradients were not finite."""

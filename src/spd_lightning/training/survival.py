@@ -106,6 +106,12 @@ class StopOnSignal(L.Callback):
     def _note(self, number: int, frame: Any) -> None:
         self.received = number
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # Lightning has put a handler of its own in front by now, which meets the other ranks wherever they are
+        if threading.current_thread() is threading.main_thread():
+            for number in self.SIGNALS:
+                signal.signal(number, self._note)
+
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
         if step_ended(trainer) and not validation_follows(trainer):
             self._stopped = self._agreed(trainer)

@@ -1,0 +1,66 @@
+"""One rank that goes through several runs in one process: `python worker.py CASES.json`.
+
+CASES.json lists {"arguments": [...], "stop_at": step or null, "patch": [...]}. A case with `stop_at` sends itself
+SIGTERM in that optimizer step. Ranks come by torchrun's environment variables; without them there is one. What each
+case returned is printed as a line of JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+from spd_lightning import cli  # noqa: E402
+
+
+def stop_in(step: int) -> None:
+    """Have this process told to stop while the batch of a step is computed."""
+    from spd_lightning.training.module import SpdModule
+
+    original = SpdModule.training_step
+
+    def training_step(self: Any, batch: Any, batch_idx: int) -> Any:
+        if self.global_step == step and self.trainer.is_global_zero:  # one rank knows, all must act
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, batch, batch_idx)
+
+    SpdModule.training_step = training_step  # type: ignore[method-assign]
+
+
+def break_gradient(step: int, rank: int) -> None:
+    """Make the loss of one rank not a number in one step."""
+    from spd_lightning.training.module import SpdModule
+
+    original = SpdModule.training_step
+
+    def training_step(self: Any, batch: Any, batch_idx: int) -> Any:
+        loss = original(self, batch, batch_idx)
+        return loss * float("nan") if (self.global_step, self.global_rank) == (step, rank) else loss
+
+    SpdModule.training_step = training_step  # type: ignore[method-assign]
+
+
+def main(cases: list[dict[str, Any]]) -> None:
+    from spd_lightning.training.module import SpdModule
+
+    original = SpdModule.training_step
+    for case in cases:
+        SpdModule.training_step = original  # type: ignore[method-assign]
+        if case.get("stop_at") is not None:
+            stop_in(case["stop_at"])
+        if case.get("break_at") is not None:
+            break_gradient(*case["break_at"])
+        print("RETURNED", json.dumps([case["name"], cli.main(case["arguments"])]), flush=True)
+
+
+if __name__ == "__main__":
+    import torch
+
+    torch.set_num_threads(1)
+    main(json.loads(Path(sys.argv[1]).read_text()))

@@ -1,0 +1,149 @@
+"""Runs on several ranks, many of them in one pair of processes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+WORKER = Path(__file__).parent / "scale" / "worker.py"
+
+
+@dataclass
+class Case:
+    """One run: fields of the recipe `tiny` that differ (dots as double underscores), and what happens to it."""
+
+    name: str
+    fields: dict[str, Any]
+    stop_at: int | None = None
+    break_at: tuple[int, int] | None = None
+    command: str = "fit"
+    arguments: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Done:
+    """What became of some cases."""
+
+    returned: dict[str, int]
+    output: str
+
+
+@pytest.fixture(scope="session")
+def base_fields(model_folder: Path, data_files: dict[str, str]) -> dict[str, Any]:
+    """A run of a few quick steps."""
+    return {
+        "model__target": model_folder,
+        "model__num_stages": 4,
+        "data__train": data_files["train"],
+        "data__validation": data_files["validation"],
+        "data__batch_size": 2,
+        "data__validation_samples": 5,
+        "decoding__prompts": 5,
+        "decoding__max_new_tokens": 16,
+        "final__prompts": 0,
+        "trainer__accelerator": "cpu",
+        "trainer__log_every_n_steps": 1,
+        "trainer__enable_progress_bar": False,
+    }
+
+
+@pytest.fixture(scope="session")
+def go(base_fields: dict[str, Any]) -> Callable[..., Done]:
+    """Goes through cases one after another, on one rank or several."""
+
+    def run(folder: Path, cases: Sequence[Case], ranks: int = 1, limit: float = 280) -> Done:
+        for case in cases:
+            fields = base_fields | {"run_dir": folder / case.name} | case.fields
+            words = [f"--{name.replace('__', '.')}={value}" for name, value in fields.items() if value is not None]
+            case.arguments = [case.command, "--config", "tiny", *words]
+        listed = [
+            {"name": c.name, "arguments": c.arguments, "stop_at": c.stop_at, "break_at": c.break_at} for c in cases
+        ]
+        script = folder / f"{cases[0].name}-cases.json"
+        script.write_text(json.dumps(listed))
+        outputs = start_ranks([sys.executable, str(WORKER), str(script)], folder, ranks, limit)
+        found = re.findall(r"^RETURNED (.*)$", outputs[0], re.MULTILINE)
+        returned = dict(json.loads(line) for line in found)
+        assert set(returned) == {case.name for case in cases}, "\n".join(outputs)
+        return Done(returned, "\n".join(outputs))
+
+    return run
+
+
+def start_ranks(command: Sequence[str], folder: Path, ranks: int, limit: float) -> list[str]:
+    """Start the same command for every rank as torchrun would, wait, and return what each printed."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes, files = [], []
+    for rank in range(ranks):
+        if ranks > 1:
+            environment |= torchrun_variables(rank, ranks, port)
+        files.append((folder / f"rank{rank}.txt").open("w+"))
+        processes.append(
+            subprocess.Popen(
+                command,
+                cwd=folder,
+                env=environment,
+                stdout=files[-1],
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        )
+    try:
+        for process in processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(limit)
+    finally:
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    texts = []
+    for file in files:
+        file.seek(0)
+        texts.append(file.read())
+        file.close()
+    return texts
+
+
+def torchrun_variables(rank: int, ranks: int, port: int) -> dict[str, str]:
+    """What torchrun tells a process, on one machine."""
+    values = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": ranks,
+        "LOCAL_WORLD_SIZE": ranks,
+        "GROUP_RANK": 0,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "TORCHELASTIC_RUN_ID": "test",
+    }
+    return {name: str(value) for name, value in values.items()}
+
+
+def logged(directory: Path, name: str) -> list[float]:
+    """A metric of a run, line by line."""
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [line[name] for line in lines if name in line]
+
+
+def everything_logged(directory: Path) -> list[dict[str, float]]:
+    """All lines, without what clocks decide."""
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    clocks = ("throughput/", "val/decoding_seconds", "val/decoding_share")
+    return [{name: x for name, x in line.items() if not name.startswith(clocks)} for line in lines]
