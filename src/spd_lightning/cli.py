@@ -34,6 +34,7 @@ class Command:
 COMMANDS = (
     Command("fit", "Main job", "train a speculation head for a frozen target", "fit:fit"),
     Command("validate", "Main job", "measure a head: loss, and acceptance in real decoding", "fit:validate"),
+    Command("plan", "Main job", "say before a run what each GPU will hold in memory, and what fits", "plan:run"),
     Command("generate", "Main job", "decode with a head and see which tokens were drafts", "generate:run"),
     Command(
         "export",

@@ -149,13 +149,17 @@ class Layer:
         """Elements of all tiles' queries."""
         return self._tiled * self.query_blocks * self.head.N * self.head.D
 
+    @property
+    def _scores(self) -> int:
+        """Elements of the near part's scores."""
+        return self._tiled * self.query_blocks * self.head.N * 2 * self.head.span * self.head.m
+
     def _near_scores(self) -> int:
         """On CUDA: keys and queries in float32 and once more as matrix products want them, and the scores."""
         if not self.arithmetic.cuda:
             return 0
-        scores = self._tiled * self.query_blocks * self.head.N * 2 * self.head.span * self.head.m
         twice = 2 if self.arithmetic.compute < FLOAT else 1  # float32 is not converted
-        return FLOAT * (twice * (self._windows + self._tiles) + scores)
+        return FLOAT * (twice * (self._windows + self._tiles) + self._scores)
 
     @property
     def attending(self) -> int:
@@ -167,9 +171,18 @@ class Layer:
         """The same in the backward pass: windows and tiles again, and their gradients."""
         e = self.arithmetic.compute
         incoming = e * (self.rows.positions * self.query_blocks * self.head.N * self.head.D + self.queries * self.head.H)
-        if self.arithmetic.cuda:
-            return incoming + e * (2 * self._windows + 2 * self._tiles) + self._near_scores()
-        return incoming + e * (4 * self._windows + 3 * self._tiles)
+        if not self.arithmetic.cuda:
+            return incoming + e * (4 * self._windows + 3 * self._tiles)
+        scores = e * (2 * self._windows + 2 * self._tiles) + self._near_scores()
+        gradients = e * (4 * self._windows + 3 * self._tiles) + (2 * FLOAT + 2 * e) * self._scores
+        return incoming + max(scores, gradients)
+
+    @property
+    def checkpointed_forward(self) -> int:
+        """All that exists in attention when nothing is kept for the backward pass."""
+        head, e = self.head, self.arithmetic.compute
+        lists = self.rows.all * (head.H + 2 * head.K * head.D) + self.queries * head.N * head.D
+        return e * lists + self.saved["attention"] + self.attending
 
     @property
     def mlp_backward(self) -> int:
@@ -251,6 +264,39 @@ def norm_bytes(arithmetic: Arithmetic, rows: int, width: int, trained: bool) -> 
     if arithmetic.cuda:
         return rows * (width * arithmetic.weight + FLOAT)
     return rows * (width * FLOAT * (2 if trained else 1) + FLOAT)
+
+
+@dataclass(frozen=True)
+class States:
+    """What the target hands to the head: its states at the anchors, and its last layer's output.
+
+    Attributes:
+        head, arithmetic, rows: of the step.
+    """
+
+    head: HeadShape
+    arithmetic: Arithmetic
+    rows: Rows
+
+    @property
+    def kept(self) -> int:
+        """The target's own tensors [B, S, H]; the last layer's is one of the anchors where that is asked for."""
+        anchors = self.head.staircase.anchors
+        count = len({*anchors, self.head.staircase.num_layers})
+        return count * self.rows.positions * self.head.H * self.arithmetic.target
+
+    @property
+    def cast(self) -> int:
+        """Their copies in the dtype of the head's weights, where that is another."""
+        if self.arithmetic.target == self.arithmetic.weight:
+            return 0
+        return len(self.head.staircase.anchors) * self.rows.positions * self.head.H * self.arithmetic.weight
+
+    @property
+    def tables(self) -> int:
+        """cos and sin of every position, and who sees whom among near rows."""
+        head, positions = self.head, self.rows.positions
+        return positions * (2 * head.rotary * self.arithmetic.weight + 2 * head.span * head.m**2)
 
 
 def aggregation_bytes(head: HeadShape, arithmetic: Arithmetic, rows: Rows) -> int:

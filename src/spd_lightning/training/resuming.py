@@ -50,6 +50,11 @@ class Header:
     def step(self) -> int:
         return int(self.fields["global_step"])
 
+    @property
+    def validates(self) -> bool:
+        """Whether the validation after this step is to be repeated."""
+        return bool(self.fields.get("callbacks", {}).get("SaveProgress", {}).get("validates", False))
+
 
 def read_header(path: Path) -> Header:
     """InputError for what is no checkpoint, or a damaged one."""

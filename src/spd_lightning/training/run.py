@@ -157,14 +157,18 @@ def _resumed_from(cli: Any) -> Path | None:
     if wanted != "last":
         return None if wanted is None else Path(wanted)
     folder = Path(cli.config["run_dir"]) / "checkpoints"
-    for path in reversed(progress_checkpoints(folder)):
+    states = progress_checkpoints(folder)
+    for path in reversed(states):
         try:
-            read_header(path)
+            header = read_header(path)
         except InputError as error:
             rank_zero_warn(f"{error} The run goes on from an older checkpoint.")
-        else:
-            rank_zero_only(print)(f"Going on from {path}.", flush=True)
-            return path
+            continue
+        # after the last step Lightning would not come to a validation that was interrupted
+        if header.validates and header.step == cli.trainer.max_steps and path != states[0]:
+            continue
+        rank_zero_only(print)(f"Going on from {path}.", flush=True)
+        return path
     rank_zero_only(print)(f"No checkpoint in {folder}: the run starts from the beginning.", flush=True)
     return None
 
@@ -269,9 +273,12 @@ def _check_data(
 def _export_best(trainer: L.Trainer, module: SpdModule, directory: Path) -> float | None:
     """Write the head of the best checkpoint; returns its validation acceptance."""
     checkpoint = next(c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor)
-    newest = progress_checkpoints(directory / "checkpoints")
     if trainer.is_global_zero:
-        save_head(read_checkpoint(Path(checkpoint.best_model_path or newest[-1])), directory / "head")
+        best = Path(checkpoint.best_model_path) if checkpoint.best_model_path else None
+        if best is None or not best.exists():
+            best = progress_checkpoints(directory / "checkpoints")[-1]
+            rank_zero_warn(f"No validation has chosen a head: {directory / 'head'} is that of {best}.")
+        save_head(read_checkpoint(best), directory / "head")
     score = checkpoint.best_model_score
     return None if score is None else float(score)
 

@@ -25,6 +25,8 @@ from lightning.pytorch.loops.evaluation_loop import RestartStage
 from spd_lightning.errors import InputError, first_line
 
 LAST = "last.ckpt"
+#: What torch says of a disk that takes no more.
+_WRITER = re.compile(r"iostream error|inline_container|PytorchStreamWriter|[Ff]ile write failed")
 _PROGRESS = re.compile(r"step(\d+)(-validated)?\.ckpt")
 
 
@@ -58,8 +60,7 @@ class SavedWhole:
         if error is not None:
             if self.mine:
                 _remove(self.temporary, quietly=True)
-            # torch tells a full disk as a RuntimeError of its writer
-            if isinstance(error, OSError) or (isinstance(error, RuntimeError) and "write" in str(error)):
+            if isinstance(error, OSError) or (isinstance(error, RuntimeError) and _WRITER.search(str(error))):
                 raise cannot_save(self.final, error) from error
             return
         self.barrier()
@@ -69,7 +70,7 @@ class SavedWhole:
                 if self.final.is_dir():  # a folder takes no other's place
                     remove_checkpoint(self.final)
                 self.temporary.replace(self.final)
-                _flush(self.final.parent)
+                _flush(self.final.parent, content=False)
             except OSError as failure:
                 _remove(self.temporary, quietly=True)
                 raise cannot_save(self.final, failure) from failure
@@ -230,9 +231,9 @@ def _link(link: Path, path: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _flush(path: Path) -> None:
-    """Have the disk, not its cache, hold a file, or all files of a folder."""
-    for place in [path, *(path.rglob("*") if path.is_dir() else [])]:
+def _flush(path: Path, content: bool = True) -> None:
+    """Have the disk, not its cache, hold a file, or a folder with all that is in it; or just the folder's list."""
+    for place in [path, *(path.rglob("*") if content and path.is_dir() else [])]:
         descriptor = os.open(place, os.O_RDONLY)
         try:
             os.fsync(descriptor)

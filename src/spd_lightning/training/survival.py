@@ -212,7 +212,7 @@ def gradients_finite(parameters: Iterator[torch.nn.Parameter]) -> bool:
 class RankWatch(L.Callback):
     """Ends this process with a message when another rank died or hangs, instead of waiting in a collective.
 
-    Every rank's thread counts up in a store that rank 0 keeps. Rank 0 looks at all of them, the others at rank 0.
+    Every rank counts up in a store that rank 0 keeps. Rank 0 looks at all of them, the others at rank 0.
 
     Args:
         patience: seconds without a sign of life.
@@ -221,7 +221,7 @@ class RankWatch(L.Callback):
     def __init__(self, patience: float) -> None:
         self.patience, self.interval = patience, min(2.0, patience / 4)
         self._over = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.world_size == 1:
@@ -234,8 +234,10 @@ class RankWatch(L.Callback):
         if store is None:
             store = torch.distributed.TCPStore(host, port, timeout=timedelta(seconds=self.patience))
         self._store, self._rank, self._ranks = store, trainer.global_rank, trainer.world_size
-        self._thread = threading.Thread(target=self._watch, name="rank watch", daemon=True)
-        self._thread.start()
+        self._answered = time.monotonic()
+        self._threads = [threading.Thread(target=f, daemon=True) for f in (self._count, self._watch)]
+        for thread in self._threads:
+            thread.start()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         if not isinstance(exception, StoppedError):
@@ -246,10 +248,10 @@ class RankWatch(L.Callback):
 
     def _leave(self, message: str | None) -> None:
         """Stop watching; with a message, tell the others."""
-        if self._thread is None or self._over.is_set():
+        if not self._threads or self._over.is_set():
             return
         self._over.set()
-        self._thread.join(self.patience)
+        self._threads[0].join(self.patience)
         try:
             if message is not None:
                 self._store.set("failed", message)
@@ -258,7 +260,8 @@ class RankWatch(L.Callback):
         except RuntimeError:
             pass  # rank 0 is gone already
 
-    def _watch(self) -> None:
+    def _count(self) -> None:
+        """Give signs of life, and look for those of others."""
         beats, seen = 0, {rank: ("", time.monotonic()) for rank in range(self._ranks)}
         while not self._over.wait(self.interval):
             try:
@@ -267,15 +270,22 @@ class RankWatch(L.Callback):
                 if self._store.check(["failed"]):
                     self._end(self._store.get("failed").decode())
                 late = self._late(seen) if self._rank == 0 else None
-            except RuntimeError:  # of the store: its keeper does not answer
-                if self._over.is_set():
-                    return
-                self._end("rank 0 does not answer any more")
+            except RuntimeError:  # of the store: its keeper is gone
+                if not self._over.is_set():
+                    self._end("rank 0 does not answer any more")
+                return
+            self._answered = time.monotonic()
             if late is not None:
                 message = f"rank {late} gave no sign of life for {self.patience:.0f} s"
                 self._store.set("failed", message)
                 time.sleep(2 * self.interval)
                 self._end(message)
+
+    def _watch(self) -> None:
+        """The store may hang as well: rank 0's machine is gone, and nothing closes its connections."""
+        while not self._over.wait(self.interval):
+            if time.monotonic() - self._answered > self.patience:
+                self._end(f"rank 0 gave no sign of life for {self.patience:.0f} s")
 
     def _late(self, seen: dict[int, tuple[str, float]]) -> int | None:
         """The first rank that has not counted up for too long."""
