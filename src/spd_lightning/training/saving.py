@@ -3,7 +3,7 @@
 A checkpoint is written under a hidden name beside its own, flushed to the disk, and renamed; one that goes away is
 renamed first and deleted then. Whatever carries its own name is whole. `step{step}.ckpt` is written before every
 validation, on further occasions and when a run is told to stop, `step{step}-validated.ckpt` after a validation, when it
-is known whether the head is the best one; no name is written twice. A link, last.ckpt, leads to the newest.
+is known whether the head is the best one; no name is written twice, and the second makes the first needless. A link, last.ckpt, leads to the newest.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from lightning.pytorch.loops.evaluation_loop import RestartStage
 from spd_lightning.errors import InputError, first_line
 
 LAST = "last.ckpt"
+VALIDATED = "-validated"
 #: What torch says of a disk that takes no more.
 _WRITER = re.compile(r"iostream error|inline_container|PytorchStreamWriter|[Ff]ile write failed")
-_PROGRESS = re.compile(r"step(\d+)(-validated)?\.ckpt")
+_PROGRESS = re.compile(rf"step(\d+)({VALIDATED})?\.ckpt")
 
 
 class SavedWhole:
@@ -135,7 +136,7 @@ class SaveProgress(Checkpoint):
 
     Args:
         directory: where states lie.
-        keep: how many of the newest stay.
+        keep: of how many steps the newest states stay.
         every_steps, every_minutes: further occasions; None: validations only.
         resumed: told (steps, whether their validation is not done) of the state that the run goes on from.
     """
@@ -174,7 +175,7 @@ class SaveProgress(Checkpoint):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.validates:
             self.validates = False
-            self.save(trainer, "-validated")
+            self.save(trainer, VALIDATED)
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
         # the state after a step that a validation follows is saved as that begins
@@ -193,7 +194,9 @@ class SaveProgress(Checkpoint):
         self.saved_step, self.saved_at = trainer.global_step, time.monotonic()
         if trainer.is_global_zero:
             _link(self.directory / LAST, path)
-            for old in progress_checkpoints(self.directory)[: -self.keep]:
+            states = progress_checkpoints(self.directory)
+            newest = {state.stem.removesuffix(VALIDATED): state for state in states}  # of each step
+            for old in set(states) - set(list(newest.values())[-self.keep :]):
                 remove_checkpoint(old)
         return path
 
