@@ -46,10 +46,36 @@ def break_gradient(step: int, rank: int) -> None:
     SpdModule.training_step = training_step  # type: ignore[method-assign]
 
 
+def tell_what_is_held() -> None:
+    """Print how many numbers of the target each rank holds when training begins, and whether it read them."""
+    from spd_lightning.training import module
+    from spd_lightning.training.strategies import ZeroStrategy
+
+    read = []
+    load, start = module.load_target, module.SpdModule.on_train_start
+
+    def load_target(*args: Any, **options: Any) -> Any:
+        read.append(args)
+        return load(*args, **options)
+
+    def on_train_start(self: Any) -> None:
+        start(self)
+        strategy = self.trainer.strategy
+        stage = strategy.stage if isinstance(strategy, ZeroStrategy) else 0
+        numbers = sum(getattr(p, "ds_tensor", p).numel() for p in self.target.parameters())
+        found = {"stage": stage, "rank": self.global_rank, "of": "target", "numbers": numbers, "read": bool(read)}
+        print("HELD", json.dumps(found), flush=True)
+        read.clear()
+
+    module.load_target = load_target  # type: ignore[attr-defined]
+    module.SpdModule.on_train_start = on_train_start  # type: ignore[method-assign]
+
+
 def main(cases: list[dict[str, Any]]) -> None:
     from spd_lightning.training.module import SpdModule
 
     original = SpdModule.training_step
+    tell_what_is_held()
     for case in cases:
         SpdModule.training_step = original  # type: ignore[method-assign]
         if case.get("stop_at") is not None:

@@ -170,6 +170,8 @@ def _quiet() -> None:
         ".*LeafSpec.*is deprecated",
         "You're resuming from a checkpoint that ended before the epoch ended",  # the sampler knows where it was
         "Checkpoint directory .* exists and is not empty",
+        "`torch.distributed.*` is deprecated",  # by DeepSpeed, in every step
+        "When saving the DeepSpeed Stage 3 checkpoint",  # which any strategy resumes, and export reads
         _REDUCED,
     ):
         warnings.filterwarnings("ignore", message)

@@ -3,7 +3,8 @@
 A checkpoint is written under a hidden name beside its own, flushed to the disk, and renamed; one that goes away is
 renamed first and deleted then. Whatever carries its own name is whole. `step{step}.ckpt` is written before every
 validation, on further occasions and when a run is told to stop, `step{step}-validated.ckpt` after a validation, when it
-is known whether the head is the best one; no name is written twice, and the second makes the first needless. A link, last.ckpt, leads to the newest.
+is known whether the head is the best one. No name is written twice; of a step only the newest state stays. A link,
+last.ckpt, leads to the newest of all.
 """
 
 from __future__ import annotations

@@ -91,22 +91,38 @@ class ZeroStrategy(DeepSpeedStrategy):
         self._init_deepspeed_distributed()
 
     def _setup_model_and_optimizer(self, model: nn.Module, optimizer: Any, lr_scheduler: Any = None) -> Any:
-        import deepspeed
-
         if not self.on_cpu:
             engine, wrapped = super()._setup_model_and_optimizer(model, optimizer, lr_scheduler)
         else:
-            engine, wrapped, _, _ = deepspeed.initialize(
-                args=argparse.Namespace(device_rank=self.local_rank),
-                config=self.config,
-                model=model,
-                model_parameters=[p for p in model.parameters() if p.requires_grad],
-                optimizer=optimizer,
-                lr_scheduler=lr_scheduler,
-                dist_init_required=False,
-            )
+            trained = [p for p in model.parameters() if p.requires_grad]
+            engine, wrapped = self._initialized(model, self.config, trained, optimizer, lr_scheduler)
         if hasattr(wrapped, "check_grad_overflow"):
             wrapped.check_grad_overflow = True
+        return engine, wrapped
+
+    def _initialize_deepspeed_inference(self, model: nn.Module) -> None:
+        if not self.on_cpu:
+            return super()._initialize_deepspeed_inference(model)
+        assert isinstance(self.config, dict)
+        names = ("bf16", "zero_allow_untested_optimizer", "zero_optimization")
+        kept = {name: self.config[name] for name in names[: 3 if self.zero_stage_3 else 1] if name in self.config}
+        self.model, _ = self._initialized(model, {"train_micro_batch_size_per_gpu": 1} | kept, [])
+
+    def _initialized(
+        self, model: nn.Module, config: Any, trained: list[nn.Parameter], optimizer: Any = None, scheduler: Any = None
+    ) -> tuple[Any, Any]:
+        """DeepSpeed's engine and optimizer; Lightning would name a device by its index, which a CPU has not."""
+        import deepspeed
+
+        engine, wrapped, _, _ = deepspeed.initialize(
+            args=argparse.Namespace(device_rank=self.local_rank),
+            config=config,
+            model=model,
+            model_parameters=trained,
+            optimizer=optimizer,
+            lr_scheduler=scheduler,
+            dist_init_required=False,
+        )
         return engine, wrapped
 
     # -- weights in pieces -------------------------------------------------------------------------------------------
@@ -176,7 +192,8 @@ class ZeroStrategy(DeepSpeedStrategy):
         assert module is not None
         header = resuming.read_header(path)
         resuming.check_weights(header.shapes, module, f"ckpt_path={str(path)!r}")
-        if (header.stage, header.ranks) == (self.stage, self.world_size):
+        trains = module.trainer.state.fn == "fit"
+        if trains and (header.stage, header.ranks) == (self.stage, self.world_size):
             return super().load_checkpoint(path, weights_only)
         fields = resuming.read_merged(path)
         resuming.load_into_engine(fields, module, self.deepspeed_engine)
