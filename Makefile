@@ -2,6 +2,7 @@
 PYTHON ?= python3
 JOBS ?= 2
 ARGS ?=
+RECORD ?= tests/record.json
 BENCHMARKS ?= $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))
 
 VENV := .venv/bin
@@ -28,8 +29,8 @@ fit: $(STAMP) ## Train the tiny recipe on this machine (ARGS="--trainer.max_step
 test: lint types ## Lint, check types, run the tests that need no GPU and little time (ARGS="-k staircase")
 	$(PYTEST) $(ARGS)
 
-test-all: lint types ## The same with the slow tests, and the GPU tests where there is a GPU
-	$(PYTEST) -m "$(if $(HAS_GPU),,not gpu)" $(ARGS)
+test-all: lint types ## The same with the slow tests, and the GPU tests where there is a GPU; writes tests/record.json
+	SPD_TEST_RECORD=$(RECORD) $(PYTEST) --dist loadfile -m "$(if $(HAS_GPU),,not gpu)" $(ARGS)
 
 lint: $(STAMP) ## ruff: rules and formatting
 	$(VENV)/ruff check .

@@ -122,7 +122,7 @@ def packing(repeats: int, documents: int, timed: int, capacity: int, rows: int) 
     def train(batches: list[Rows], length: int | None) -> None:
         _, head = module.parts()
         for batch in batches:
-            loss, _ = module.loss(collate([[samples[i] for i in row] for row in batch], length), 0, statistics=False)
+            loss, _ = module.loss(collate([[samples[i] for i in row] for row in batch], length), statistics=False)
             loss.backward()
             head.zero_grad()
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from spd_lightning.target.target import Target
 
 ROOT = Path(__file__).resolve().parents[1]
-pytest_plugins = ["family_table", "scale_runs", "small_run"]
+pytest_plugins = ["family_table", "recording", "scale_runs", "small_run"]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -69,7 +69,7 @@ def packs(make_target: Callable[..., Target], family: str, seed: int) -> SpdModu
     refusal = packing_refusal(target.config, None)
     assert refusal is not None and "recurrent" in refusal and family in refusal
     with pytest.raises(InputError, match="recurrent layers"):
-        module.loss(packed(documents(0)), epoch=0, statistics=False)
+        module.loss(packed(documents(0)), statistics=False)
     return None
 
 
@@ -98,12 +98,12 @@ def test_a_packed_batch_has_the_loss_statistics_and_gradients_of_its_documents_a
     if module is None:
         return
     samples, (_, head) = documents(2), module.parts()
-    loss, table = module.loss(packed(samples), epoch=3, statistics=True)
+    loss, table = module.loss(packed(samples), statistics=True)
     loss.backward()
     together = gradients(head)
     total, supervised, tables = torch.zeros(()), 0, torch.zeros_like(table)
     for sample in samples:
-        mean, part = module.loss(padded([sample]), epoch=3, statistics=True)
+        mean, part = module.loss(padded([sample]), statistics=True)
         count = sample.labels - len(sample.turns)  # the first token of a turn is never drafted
         total, supervised, tables = total + mean * count, supervised + count, tables + part
     (total / supervised).backward()
@@ -120,7 +120,7 @@ def test_what_stands_beside_a_document_and_the_order_in_a_row_change_nothing(
     assert module is not None
     samples = documents(3)
     backwards = collate([[samples[i] for i in reversed(row)] for row in reversed(ROWS)], 48)
-    first = module.loss(packed(samples), epoch=1, statistics=True)
-    second = module.loss(backwards, epoch=1, statistics=True)
+    first = module.loss(packed(samples), statistics=True)
+    second = module.loss(backwards, statistics=True)
     assert first[0].item() == pytest.approx(second[0].item(), rel=1e-10)
     torch.testing.assert_close(first[1], second[1], rtol=1e-9, atol=1e-9)

@@ -62,7 +62,7 @@ def train(module: SpdModule, batch: Batch, steps: int, rate: float = 3e-3) -> li
     optimizer = torch.optim.AdamW([p for p in head.parameters() if p.requires_grad], lr=rate, weight_decay=0.0)
     losses = []
     for _ in range(steps):
-        loss, table = module.loss(batch, epoch=0, statistics=True)
+        loss, table = module.loss(batch, statistics=True)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -101,10 +101,10 @@ def test_the_loss_is_that_of_the_logits_which_decoding_compares(
     with torch.no_grad():
         head.lm_head.weight.mul_(1.5)
     batch = padded(two_turns(2, seed=5))
-    loss, _ = module.loss(batch, epoch=0, statistics=False)
+    loss, _ = module.loss(batch, statistics=False)
     with torch.no_grad():
         states, _ = target(batch["input_ids"], head.config.anchors)
-        drafts = head.logits(head(states, StaircaseLayout(head.staircase, module.entry_cycles(batch, 0)), dense=True))
+        drafts = head.logits(head(states, StaircaseLayout(head.staircase, module.entry_cycles(batch)), dense=True))
         teacher = target.model(batch["input_ids"], use_cache=False).logits
         select = supervised_positions(batch)
         expected = draft_kl(drafts[select], teacher[select], head.draft_token_ids).mean()
@@ -117,8 +117,8 @@ def test_a_longer_neighbour_in_the_batch_changes_no_loss(make_target: Callable[.
     module = module_for(build(make_target, family, (1, 2, 1, 1), seed=3), num_layers=1)
     samples = two_turns(2, seed=4)
     assert len(samples[0]) != len(samples[1])
-    _, together = module.loss(padded(samples), epoch=0, statistics=True)
-    alone = sum(module.loss(padded([sample]), epoch=0, statistics=True)[1] for sample in samples)
+    _, together = module.loss(padded(samples), statistics=True)
+    alone = sum(module.loss(padded([sample]), statistics=True)[1] for sample in samples)
     assert torch.allclose(together, alone, rtol=1e-3, atol=1e-4)
 
 

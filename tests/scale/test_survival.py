@@ -170,7 +170,7 @@ def test_a_step_with_a_gradient_that_is_no_number_changes_nothing_and_its_batche
 def test_too_many_such_steps_end_the_run_in_one_line(skipping: tuple[Path, str]) -> None:
     folder, output = skipping
     (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
-    assert line.startswith("error: survival.skipped_steps=0: step 3 is the 1th whose loss or gradient is not finite")
+    assert line.startswith("error: survival.skipped_steps=0: step 3 is number 1 whose loss or gradient is not finite")
     assert "model.learning_rate" in line and "trainer.gradient_clip_val" in line
     assert (folder / "none allowed" / "skipped" / "step00000003-rank0.pt").exists()
 

@@ -25,6 +25,7 @@ from spd_lightning.head.loading import load_head
 from spd_lightning.target.loading import load_target
 from spd_lightning.training import run as runs
 from spd_lightning.training.data import SpdDataModule
+from spd_lightning.training.saving import progress_checkpoints
 
 Arguments = Callable[..., list[str]]
 DECODING_PROMPTS, VALIDATION_SAMPLES, FINAL_PROMPTS, NEW_TOKENS = 3, 6, 4, 8
@@ -183,8 +184,10 @@ def test_metrics_hold_every_step_and_both_validations(finished: tuple[Path, str]
 
 def test_the_head_of_a_run_is_that_of_its_best_checkpoint(finished: tuple[Path, str]) -> None:
     directory, _ = finished
-    best, last = sorted((directory / "checkpoints").glob("*.ckpt"), key=lambda path: path.stem == "last")
-    assert last.name == "last.ckpt"
+    (best,) = (directory / "checkpoints").glob("*acceptance*.ckpt")
+    states = progress_checkpoints(directory / "checkpoints")
+    assert [state.name for state in states] == ["step00000002-validated.ckpt", "step00000004-validated.ckpt"]
+    assert (directory / "checkpoints" / "last.ckpt").resolve() == states[-1].resolve()
     named = float(re.search(r"acceptance([\d.]+)\.ckpt", best.name)[1])  # type: ignore[index]
     assert named == pytest.approx(max(metrics(directory, "val/acceptance")), abs=1e-4)
     assert record(directory)["results"]["best_val_acceptance"] == pytest.approx(named, abs=1e-4)

@@ -70,6 +70,7 @@ FIELDS: dict[str, Any] = {
     "model.activation_checkpointing": False,
     "data.max_length": 512,
     "data.batch_size": 16,
+    "data.global_batch_size": None,
     "data.packing": "auto",
     "trainer.accelerator": "auto",
     "trainer.devices": "auto",
@@ -298,7 +299,7 @@ def asked_of(config: Config, options: Namespace, memory: int) -> Asked:
         loss_chunk=config.integer("model.loss_chunk"),
         checkpointing=_truth(config, "model.activation_checkpointing"),
         restart_rate=rate,
-        accumulate=config.integer("trainer.accumulate_grad_batches"),
+        accumulate=_accumulated(config, ranks),
         supervised=options.supervised,
         packed=packed,
     )
@@ -340,6 +341,13 @@ def _truth(config: Config, field: str) -> bool:
     if not isinstance(config[field], bool):
         raise InputError(f"{field}={config[field]!r}: expected true or false.")
     return bool(config[field])
+
+
+def _accumulated(config: Config, ranks: int) -> int:
+    """Micro-batches per optimizer step."""
+    if config["data.global_batch_size"] is None:
+        return config.integer("trainer.accumulate_grad_batches")
+    return max(1, config.integer("data.global_batch_size") // (config.integer("data.batch_size") * ranks))
 
 
 def _target_bytes(config: Config) -> int:
@@ -420,7 +428,9 @@ def advice(asked: Asked, largest: Mapping[str, int]) -> str:
     most = largest[asked.strategy.name]
     if most >= asked.batch_size:
         room = f"; up to data.batch_size={most} would" if most > asked.batch_size else ""
-        return f"It fits as configured: trainer.strategy={asked.strategy.name}, data.batch_size={asked.batch_size}{room}."
+        return (
+            f"It fits as configured: trainer.strategy={asked.strategy.name}, data.batch_size={asked.batch_size}{room}."
+        )
     if whole := [name for name, size in largest.items() if size >= asked.batch_size]:
         smaller = f", or data.batch_size={most}" if most else ""
         return f"Set trainer.strategy={whole[0]}{smaller}."
@@ -452,7 +462,10 @@ def _rescue(asked: Asked) -> str:
         for strategy in STRATEGIES:
             if size := largest_batch(changed, strategy, asked.memory):
                 return f"With {words} it does: trainer.strategy={strategy.name}, data.batch_size={size}."
-    return "Neither does it with activation checkpointing and a draft vocabulary: take more or larger GPUs, fewer head layers or a shorter data.max_length."  # noqa: E501
+    return (
+        "Neither does it with activation checkpointing and a draft vocabulary: take more or larger GPUs, a smaller "
+        "model.head.num_layers or data.max_length."
+    )
 
 
 # -- telling ---------------------------------------------------------------------------------------------------------
@@ -515,9 +528,9 @@ def _title(asked: Asked) -> str:
     unit = "GPU" if job.cuda else "process"
     share = "every position" if job.supervised == 1 else f"{job.supervised:.0%} of the positions"
     return (
-        f"GB per {unit}: {job.ranks} x {_gb(asked.memory)} GB, {job.precision}, {asked.batch_size} sequences of "
-        f"{job.length} tokens, {share} supervised; target {job.target.stored / 1e6:,.0f} M, trained "
-        f"{job.head.trained / 1e6:,.0f} M parameters"
+        f"Memory of each {unit}, {job.ranks} x {_gb(asked.memory)} GB: {job.precision}, {asked.batch_size} x "
+        f"{job.length} tokens, {share} supervised;\n{job.head.trained / 1e6:,.0f} M trained parameters, "
+        f"target {job.target.stored / 1e6:,.0f} M"
     )
 
 
@@ -528,25 +541,24 @@ def _table(asked: Asked, plans: Sequence[RankMemory], largest: Mapping[str, int]
     from spd_lightning.memory.ranks import PARTS
 
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for name in ("strategy", *PARTS, "total", "fits", "largest batch_size", "host / node"):
-        table.add_column(name, justify="left" if name == "strategy" else "right")
+    table.add_column("GB")
     for plan in plans:
-        fits = plan.total <= asked.memory
-        table.add_row(
-            plan.strategy.name.removeprefix("deepspeed_"),
-            *(_gb(plan.parts[name]) for name in PARTS),
-            _gb(plan.total),
-            "yes" if fits else "NO",
-            str(largest[plan.strategy.name] or "-"),
-            _gb(plan.host) if plan.host else "-",
-            style="bold" if plan.strategy == asked.strategy else None if fits else "dim",
-        )
+        name = plan.strategy.name.replace("deepspeed_stage_", "ZeRO-").replace("_", " ")
+        chosen = plan.strategy == asked.strategy
+        table.add_column(f"{name}{' *' if chosen else ''}", justify="right", style="bold" if chosen else None)
+    for part in PARTS:
+        table.add_row(part, *(_gb(plan.parts[part]) for plan in plans), end_section=part == PARTS[-1])
+    table.add_row("total", *(_gb(plan.total) for plan in plans))
+    table.add_row("fits", *("yes" if plan.total <= asked.memory else "NO" for plan in plans))
+    table.add_row("largest batch", *(str(largest[plan.strategy.name] or "-") for plan in plans))
+    if any(plan.host for plan in plans):
+        table.add_row("host per node", *(_gb(plan.host) if plan.host else "-" for plan in plans))
     return table
 
 
 def _notes(asked: Asked, plans: Sequence[RankMemory]) -> list[str]:
     chosen = next(plan for plan in plans if plan.strategy == asked.strategy)
-    lines = [f"Bold: as configured; it needs most in: {chosen.moment}. stage_N stands for deepspeed_stage_N."]
+    lines = [f"* trainer.strategy={chosen.strategy.name}, as configured; it needs most in: {chosen.moment}."]
     if asked.job.cuda and asked.job.precision == "32-true":
         lines.append("In float32 on a GPU attention has no fast kernel here; its dense mask is NOT counted.")
     return lines

@@ -80,7 +80,7 @@ class Layer:
 
     @property
     def _linear_copies(self) -> int:
-        """Copies of a norm's output that linear maps keep: CUDA's norms return float32 under autocast, each map casts."""
+        """Copies of a norm's output that linear maps keep: CUDA's are float32 under autocast, and each map casts."""
         return 2 if self.arithmetic.cuda and self.arithmetic.autocast else 1
 
     def _keys(self) -> int:
@@ -170,7 +170,9 @@ class Layer:
     def attending_backward(self) -> int:
         """The same in the backward pass: windows and tiles again, and their gradients."""
         e = self.arithmetic.compute
-        incoming = e * (self.rows.positions * self.query_blocks * self.head.N * self.head.D + self.queries * self.head.H)
+        incoming = e * (
+            self.rows.positions * self.query_blocks * self.head.N * self.head.D + self.queries * self.head.H
+        )
         if not self.arithmetic.cuda:
             return incoming + e * (4 * self._windows + 3 * self._tiles)
         scores = e * (2 * self._windows + 2 * self._tiles) + self._near_scores()

@@ -18,7 +18,7 @@ Read off DeepSpeed 0.19 (runtime/zero/stage_1_and_2.py, stage3.py) and Lightning
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
 
@@ -34,7 +34,7 @@ REDUCE_BUCKET, PREFETCHED, KEPT_GATHERED = 200_000_000, 50_000_000, 1_000_000_00
 #: Bytes of everything else. CUDA: context, kernels, workspaces and (several ranks) NCCL: an assumption, not measured.
 CUDA_PROCESS, NCCL = 1_000_000_000, 500_000_000
 #: CPU: a process that has imported all that `fit` imports, and what DeepSpeed adds; see benchmarks/memory.py.
-CPU_PROCESS, CPU_DEEPSPEED = 700_000_000, 100_000_000
+CPU_PROCESS, CPU_DEEPSPEED = 560_000_000, 30_000_000
 
 
 @dataclass(frozen=True)
@@ -259,10 +259,14 @@ class Step:
         if not stage:
             everything = self.job.head.trained if self.job.accumulate > 1 else count
             return w * everything + self._buckets
+        lm_head = self.job.head.lm_head
+        # what is too large for a bucket waits whole until the next gradient comes; stage 3 cuts a copy
+        waiting = w * lm_head if count == lm_head > REDUCE_BUCKET else 0
         if stage == 3:
-            return self.gradients_before
+            travelling = w * min(REDUCE_BUCKET, count) if count > REDUCE_BUCKET else 0
+            return self.gradients_before + max(2 * waiting, travelling)
         own = w * max(self.job.head.parameters) if self.strategy.offload else w * min(self._own_gradients, count)
-        return self.gradients_before + self._buckets + own
+        return self.gradients_before + self._buckets + own + waiting
 
     # -- moments -----------------------------------------------------------------------------------------------------
 
@@ -349,11 +353,10 @@ class Step:
 
     def _backward(self, saved: int) -> Iterator[tuple[str, dict[str, int]]]:
         """Backwards through loss and layers; what a layer saved is given up once it is passed."""
-        head, w = self.job.head, self.arithmetic.weight
+        head = self.job.head
         copies = sum(layer.weights for layer in self.layers) if not self.job.checkpointing else 0
         product = self.loss.gradient + self.loss.hidden
-        accumulated = w * head.trained if self.job.accumulate > 1 and not self.strategy.stage else 0
-        before = accumulated + self._buckets if not self.strategy.stage else self.gradients_before + self._buckets
+        before = self.gradients_before if self.strategy.stage else self.gradients_after(0)
         yield "backward, loss", self._at(before, saved + self.loss.saved, product + copies + self._gathered)
         saved -= self.loss.norm
         done = head.lm_head
@@ -390,8 +393,3 @@ class Step:
         flat = w * piece + (FLOAT * piece if w < FLOAT else 0)
         root = FLOAT * piece * (1 if self.job.cuda else 2)
         return self._at(w * own + (self._buckets if stage == 3 else 0), 0, flat + root)
-
-
-def with_supervised(job: Job, share: float) -> Job:
-    """The same job where another share of the positions feeds the loss."""
-    return replace(job, supervised=share)

@@ -194,7 +194,7 @@ class SkippedSteps(L.Callback):
         )
         if self.count > self.limit:
             raise InputError(
-                f"survival.skipped_steps={self.limit}: step {step} is the {self.count}th whose loss or gradient is not "
+                f"survival.skipped_steps={self.limit}: step {step} is number {self.count} whose loss or gradient is not "
                 f"finite (batches: {self.directory}). Lower model.learning_rate (now "
                 f"{pl_module.settings.learning_rate}) or trainer.gradient_clip_val."
             )
