@@ -19,13 +19,13 @@ def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pyte
     path = os.environ.get("SPD_TEST_RECORD")
     if not path or hasattr(config, "workerinput"):
         return
-    from spd_lightning.provenance import command_line, commit, machine, now, versions
+    from spd_lightning.provenance import commit, machine, now, versions
 
     kinds = ("passed", "failed", "error", "skipped", "xfailed", "xpassed")
     counts = {kind: len(terminalreporter.stats.get(kind, [])) for kind in kinds}
     slow = [r for r in terminalreporter.stats.get("passed", []) if "slow" in r.keywords]
     record = {
-        "argv": command_line(),
+        "argv": ["pytest", *config.invocation_params.args],
         "date": now(),
         "commit": commit(),
         "machine": machine(),

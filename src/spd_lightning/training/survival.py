@@ -194,8 +194,8 @@ class SkippedSteps(L.Callback):
         )
         if self.count > self.limit:
             raise InputError(
-                f"survival.skipped_steps={self.limit}: step {step} is number {self.count} whose loss or gradient is not "
-                f"finite (batches: {self.directory}). Lower model.learning_rate (now "
+                f"survival.skipped_steps={self.limit}: step {step} is number {self.count} whose loss or gradient is "
+                f"not finite (batches: {self.directory}). Lower model.learning_rate (now "
                 f"{pl_module.settings.learning_rate}) or trainer.gradient_clip_val."
             )
 
