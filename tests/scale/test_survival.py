@@ -211,9 +211,9 @@ def kill_and_resume(
     for number, kind in enumerate(plan):
         process = start(words(base, run_dir=disturbed, **settings), folder)
         before = {path.name for path in progress_checkpoints(disturbed / "checkpoints")}
-        in_a_save, deadline = draw.random() < 0.5, time.monotonic() + 120
+        in_a_save, began, deadline = draw.random() < 0.5, time.time(), time.monotonic() + 120
         while process.poll() is None and time.monotonic() < deadline:
-            saving = list((disturbed / "checkpoints").glob(".step*.part"))
+            saving = [path for path in (disturbed / "checkpoints").glob(".step*.part") if newer(path, began)]
             new = {path.name for path in progress_checkpoints(disturbed / "checkpoints")} - before
             if saving if in_a_save else new:
                 break
@@ -228,6 +228,14 @@ def kill_and_resume(
             load_head(path)  # whatever has a name is whole
     assert start(words(base, run_dir=disturbed, **settings), folder).wait(600) == 0
     return whole, disturbed, met
+
+
+def newer(path: Path, moment: float) -> bool:
+    """Not a leftover of an earlier kill."""
+    try:
+        return path.stat().st_mtime > moment
+    except FileNotFoundError:
+        return False
 
 
 def assert_same_run(whole: Path, disturbed: Path) -> None:

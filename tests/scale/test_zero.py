@@ -178,7 +178,7 @@ def test_under_stage_3_each_rank_holds_half_of_the_target(runs: tuple[Path, str]
     assert {line["rank"] for line in of_stage_3} == {0, 1}
     for line in of_stage_3:
         assert line["numbers"] == pytest.approx(whole / 2, rel=0.02)
-    assert {line["rank"] for line in held if line["read"]} == {0}, "one process reads the target's files"
+    assert {line["rank"] for line in of_stage_3 if line["read"]} == {0}, "one process reads the target's files"
     for line in held:
         if line["stage"] < 3 and line["of"] == "target":
             assert line["numbers"] == whole

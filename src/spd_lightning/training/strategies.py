@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from torch import nn
 
 from spd_lightning.errors import InputError
 from spd_lightning.training import resuming
+from spd_lightning.training.resuming import shape_of
 from spd_lightning.training.saving import SavedWhole, remove_checkpoint
 
 #: Strategies by the names that Lightning gives them: (ZeRO stage, optimizer state in host memory).
@@ -57,7 +59,6 @@ class ZeroStrategy(DeepSpeedStrategy):
     def __init__(
         self, stage: int = 2, offload_optimizer: bool = False, timeout_seconds: float = 1800, **settings: Any
     ) -> None:
-        # its buckets are counted in numbers, and beyond the size of the head they are memory for nothing
         defaults: dict[str, Any] = {
             "exclude_frozen_parameters": True,
             "timeout": timedelta(seconds=timeout_seconds),
@@ -91,10 +92,15 @@ class ZeroStrategy(DeepSpeedStrategy):
         self._init_deepspeed_distributed()
 
     def _setup_model_and_optimizer(self, model: nn.Module, optimizer: Any, lr_scheduler: Any = None) -> Any:
+        trained = [p for p in model.parameters() if p.requires_grad]
+        assert isinstance(self.config, dict)
+        buckets = self.config["zero_optimization"]
+        for name in ("reduce_bucket_size", "allgather_bucket_size"):  # DeepSpeed allocates them whole
+            size = sum(math.prod(shape_of(p)) for p in trained)
+            buckets[name] = max(1, min(buckets.get(name, size), size))
         if not self.on_cpu:
             engine, wrapped = super()._setup_model_and_optimizer(model, optimizer, lr_scheduler)
         else:
-            trained = [p for p in model.parameters() if p.requires_grad]
             engine, wrapped = self._initialized(model, self.config, trained, optimizer, lr_scheduler)
         if hasattr(wrapped, "check_grad_overflow"):
             wrapped.check_grad_overflow = True
