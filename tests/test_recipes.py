@@ -17,6 +17,7 @@ import yaml
 from recipe_targets import TARGETS, real_config
 
 from spd_lightning import cli
+from spd_lightning.commands import plan
 from spd_lightning.commands.fit import recipe_files
 from spd_lightning.head.loading import head_config, load_head
 from spd_lightning.staircase import even_stage_layers
@@ -120,14 +121,19 @@ def test_the_header_states_the_sizes_that_are_counted(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_the_header_states_the_memory_of_target_and_head(name: str) -> None:
-    model = resolved(name)["model"]
-    config = real_config(model["target"])
-    stored = active_stage_parameters(config, even_stage_layers(config.num_hidden_layers, model["num_stages"])).stored
-    stated = re.search(r"target ([\d.]+) GB \(bfloat16.*?\), head ([\d.]+) GB", header(name))
-    assert stated is not None, "no `memory` line in the header"
-    assert model["loading"]["dtype"] == "bfloat16"
-    assert stated.groups() == (f"{2 * stored / 1e9:.1f}", f"{16 * rule(name).head.total / 1e9:.1f}")
+def test_the_header_states_the_memory_that_plan_counts(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(plan, "_target_config", lambda config: real_config(config["model.target"]))
+    assert cli.main(["plan", "--config", name, "--gpu-memory", "80GB", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    (mine,) = [entry for entry in found["strategies"] if entry["strategy"] == found["strategy"]]
+    assert mine["fits"], "on the GPUs that the header names"
+    words = {"target": "target", "weights": "head's weights"}
+    parts = ", ".join(f"{words.get(part, part)} {size / 1e9:.1f}" for part, size in mine["parts"].items())
+    assert f"planned, not measured{', per GPU' if found['ranks'] > 1 else ''}" in header(name)
+    assert f"in GB: {parts}: {mine['total'] / 1e9:.0f} GB" in header(name)
+    assert found["ranks"] == resolved(name)["trainer"]["devices"]
 
 
 @pytest.mark.parametrize("name", REAL)

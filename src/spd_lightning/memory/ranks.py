@@ -238,7 +238,7 @@ class Step:
         head, w, stage = self.job.head, self.arithmetic.weight, self.strategy.stage
         if not stage:
             return w * head.trained if self.job.ranks > 1 else 0
-        used = REDUCE_BUCKET if self.job.cuda else min(REDUCE_BUCKET, head.trained)
+        used = min(REDUCE_BUCKET, head.trained)  # ZeroStrategy makes them no larger than the head
         return w * used * (2 if stage < 3 and self.job.cuda else 1)
 
     @property
