@@ -36,6 +36,16 @@ def test_the_table_of_a_deployed_head_is_the_one_that_the_record_gives(monkeypat
     assert record["installed"]["of_training"] == [] and record["commands"]["generate"]["identical"] is True
 
 
+def test_the_table_of_strategies_is_the_one_that_the_record_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    record = json.loads((ROOT / "benchmarks" / "records" / "scale.json").read_text())
+    assert benchmark("scale").table(record) in README
+    for row in record["runs"]:
+        assert row["largest_relative_difference_of_losses"] < 1e-2 and row["cycles"] == record["runs"][0]["cycles"]
+        assert row["tensors_of_target"] == 0 and row["tensors"] > 20
+        assert row["state_mib"] < 4 * record["runs"][0]["state_mib"]
+
+
 def test_the_bench_record_is_of_80_prompts_and_lossless() -> None:
     record = json.loads((ROOT / "benchmarks" / "records" / "bench_spec_bench.json").read_text())
     whole = [metric for metric in record["metrics"] if metric["category"] is None]

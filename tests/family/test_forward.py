@@ -16,7 +16,7 @@ import pytest
 import torch
 from parity.test_lossless import VOCABULARY, OracleDrafter
 from parity.test_rows import random_split
-from torch import Tensor
+from torch import Tensor, nn
 
 from spd_lightning.decoding.decoder import SpdDecoder, autoregressive_generate
 from spd_lightning.errors import InputError
@@ -335,3 +335,12 @@ def test_every_norm_is_exercised_with_weights_that_are_not_one(make_target: Call
         target = build(make_target, family, (2, 3))
         norms = [p for name, p in target.model.named_parameters() if "norm" in name]
         assert norms and all(p.std() > 0.02 for p in norms), family
+
+
+def test_casting_a_target_leaves_its_rotary_frequencies_exact(make_target: Callable[..., Target]) -> None:
+    target = make_target()
+    before = {name: buffer.clone() for name, buffer in target._rotary_embedding.named_buffers()}
+    nn.ModuleList([target]).to(torch.bfloat16)
+    assert target.dtype == torch.bfloat16 and before
+    for name, buffer in target._rotary_embedding.named_buffers():
+        assert buffer.dtype == torch.float32 and buffer.equal(before[name]), name

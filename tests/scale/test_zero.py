@@ -18,7 +18,7 @@ from torch import nn
 from spd_lightning import cli
 from spd_lightning.errors import InputError
 from spd_lightning.head.loading import draft_logits, load_head
-from spd_lightning.target.loading import load_target
+from spd_lightning.target.loading import Loading, load_target
 from spd_lightning.training.carousel import Carousel
 from spd_lightning.training.saving import progress_checkpoints
 
@@ -229,7 +229,9 @@ def test_stock_deepspeed_and_true_bfloat16_are_refused(
     from spd_lightning.training import strategies
 
     with pytest.raises(InputError, match=r"trainer\.strategy: expected .*ZeroStrategy"):
-        strategies.check(strategies.DeepSpeedStrategy(), "32-true")
+        strategies.check(strategies.DeepSpeedStrategy(), "32-true", Loading())
+    with pytest.raises(InputError, match=r"model\.loading\.quantization='8bit' with deepspeed_stage_3"):
+        strategies.check(strategies.ZeroStrategy(3), "bf16-mixed", Loading(quantization="8bit"))
     fields = base_fields | {"trainer__strategy": "deepspeed_stage_2", "trainer__precision": "bf16-true"}
     words = [f"--{name.replace('__', '.')}={value}" for name, value in fields.items()]
     assert cli.main(["fit", "--config", "tiny", "--run_dir", str(tmp_path / "run"), *words]) == 2

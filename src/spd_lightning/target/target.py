@@ -84,8 +84,19 @@ class Target(nn.Module):
         return super().train(False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Target:
-        """Weights that were placed on several devices, offloaded or quantised stay as they are."""
-        return self if is_placed(self.model) else super()._apply(fn, recurse)
+        """Weights that were placed on several devices, offloaded or quantised stay as they are.
+
+        RoPE's frequencies keep their dtype: in bfloat16 they would turn far positions by whole radians.
+        """
+        if is_placed(self.model):
+            return self
+        kept = dict(self._rotary_embedding.named_buffers())
+        super()._apply(fn, recurse)
+        for name, buffer in kept.items():
+            moved = getattr(self._rotary_embedding, name)
+            if moved.dtype != buffer.dtype:
+                setattr(self._rotary_embedding, name, buffer.to(moved.device))
+        return self
 
     # -- what it is ----------------------------------------------------------------------------------------------
 

@@ -181,7 +181,7 @@ def _prepare(cli: Any, header: Header | None, resumes: bool = True) -> Staircase
         resumes: whether it goes on training, with the same global batches.
     """
     module, data, trainer = cli.model, cli.datamodule, cli.trainer
-    check_strategy(trainer.strategy, trainer.precision)
+    check_strategy(trainer.strategy, trainer.precision, module.loading)
     if data.tokenizer_source == module.settings.target:
         data.loading = module.loading
     if header is not None and module.settings.stage_layers == "auto":

@@ -28,6 +28,7 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, Strateg
 from torch import nn
 
 from spd_lightning.errors import InputError
+from spd_lightning.target.loading import Loading
 from spd_lightning.training import resuming
 from spd_lightning.training.resuming import shape_of
 from spd_lightning.training.saving import SavedWhole, remove_checkpoint
@@ -230,8 +231,12 @@ def register() -> None:
         )
 
 
-def check(strategy: Any, precision: str) -> None:
+def check(strategy: Any, precision: str, loading: Loading) -> None:
     """Refuse what DeepSpeed would refuse in the middle of a run, or in riddles.
+
+    Args:
+        strategy, precision: the trainer's.
+        loading: of the target.
 
     Raises:
         InputError: naming the field.
@@ -246,3 +251,10 @@ def check(strategy: Any, precision: str) -> None:
             f"trainer.precision={precision!r} with DeepSpeed: set it to bf16-mixed, which keeps float32 master weights "
             "(the weights that compute are bfloat16 in both)."
         )
+    if isinstance(strategy, ZeroStrategy) and strategy.stage == 3:
+        for name, value in (("quantization", loading.quantization), ("device_map", loading.device_map)):
+            if value not in (None, "none"):
+                raise InputError(
+                    f"model.loading.{name}={value!r} with deepspeed_stage_3, which places the target's weights itself: "
+                    "leave it out, or choose another trainer.strategy."
+                )
