@@ -8,7 +8,7 @@ BENCHMARKS ?= $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))
 VENV := .venv/bin
 STAMP := .venv/.setup-stamp
 # One torch thread per worker: the models of the tests are tiny, and the workers share the cores.
-PYTEST := OMP_NUM_THREADS=1 $(VENV)/python -m pytest -n $(JOBS)
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/python -m pytest -n $(JOBS) --dist loadgroup
 HAS_GPU := $(shell nvidia-smi >/dev/null 2>&1 && echo yes)
 
 .DEFAULT_GOAL := help
@@ -30,7 +30,7 @@ test: lint types ## Lint, check types, run the tests that need no GPU and little
 	$(PYTEST) $(ARGS)
 
 test-all: lint types ## The same with the slow tests, and the GPU tests where there is a GPU; writes tests/record.json
-	SPD_TEST_RECORD=$(RECORD) $(PYTEST) --dist loadfile -m "$(if $(HAS_GPU),,not gpu)" $(ARGS)
+	SPD_TEST_RECORD=$(RECORD) $(PYTEST) -m "$(if $(HAS_GPU),,not gpu)" $(ARGS)
 
 lint: $(STAMP) ## ruff: rules and formatting
 	$(VENV)/ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import types
 import weakref
@@ -432,3 +433,10 @@ def test_checkpointing_helps_a_head_of_several_layers_and_not_one_of_one(job: Jo
         deeper = replace(job, head=replace(job.head, num_layers=layers), length=2048)
         kept, again = (rank_memory(replace(deeper, checkpointing=on), STRATEGIES[2], 8).total for on in (False, True))
         assert (again < share * kept) and (layers > 1 or again >= kept)
+
+
+def test_measured_peaks_are_within_15_percent_of_their_plans() -> None:
+    record = json.loads((Path(__file__).parents[1] / "benchmarks" / "records" / "memory.json").read_text())
+    assert len(record["settings"]) >= 3
+    for row in record["settings"]:
+        assert row["planned_mib"] == pytest.approx(row["measured_mib"], rel=0.15), row["setting"]
