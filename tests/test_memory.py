@@ -325,6 +325,10 @@ def test_a_step_never_holds_much_more_or_less_than_planned(
     check_step(mode, checkpointing, accumulate, monkeypatch, cuda=False)
 
 
+def test_so_does_a_step_under_autocast_with_a_float32_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_step("bf16-mixed", False, 1, monkeypatch, cuda=False, wide_target=True)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("mode", MODES[1:])
 def test_a_step_in_the_branches_for_cuda_holds_what_is_planned(
@@ -333,10 +337,17 @@ def test_a_step_in_the_branches_for_cuda_holds_what_is_planned(
     check_step(mode, checkpointing, 1, monkeypatch, cuda=True)
 
 
-def check_step(mode: str, checkpointing: bool, accumulate: int, monkeypatch: pytest.MonkeyPatch, cuda: bool) -> None:
+def check_step(
+    mode: str,
+    checkpointing: bool,
+    accumulate: int,
+    monkeypatch: pytest.MonkeyPatch,
+    cuda: bool,
+    wide_target: bool = False,
+) -> None:
     torch.manual_seed(0)
     n, B, S = 8, 2, 256
-    low = mode != "32-true"
+    low = mode != "32-true" and not wide_target
     target = Target(LlamaForCausalLM(LlamaConfig(**SIZES))).partition(num_stages=n).to(LOW if low else torch.float32)
     head = new_head(target, 2).to(LOW if mode == "bf16-true" else torch.float32)
     head.checkpoint_layers = checkpointing
