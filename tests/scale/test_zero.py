@@ -233,6 +233,8 @@ def test_stock_deepspeed_and_true_bfloat16_are_refused(
         strategies.check(strategies.DeepSpeedStrategy(), "32-true", Loading())
     with pytest.raises(InputError, match=r"model\.loading\.quantization='8bit' with deepspeed_stage_3"):
         strategies.check(strategies.ZeroStrategy(3), "bf16-mixed", Loading(quantization="8bit"))
+    with pytest.raises(InputError, match=r"model\.loading\.dtype='bfloat16' with DeepSpeed.*bf16-mixed"):
+        strategies.check(strategies.ZeroStrategy(1), "32-true", Loading(dtype="bfloat16"))
     fields = base_fields | {"trainer__strategy": "deepspeed_stage_2", "trainer__precision": "bf16-true"}
     words = [f"--{name.replace('__', '.')}={value}" for name, value in fields.items()]
     assert cli.main(["fit", "--config", "tiny", "--run_dir", str(tmp_path / "run"), *words]) == 2

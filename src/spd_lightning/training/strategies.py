@@ -251,6 +251,11 @@ def check(strategy: Any, precision: str, loading: Loading) -> None:
             f"trainer.precision={precision!r} with DeepSpeed: set it to bf16-mixed, which keeps float32 master weights "
             "(the weights that compute are bfloat16 in both)."
         )
+    if isinstance(strategy, ZeroStrategy) and precision == "32-true" and loading.dtype not in ("auto", "float32"):
+        raise InputError(
+            f"model.loading.dtype={loading.dtype!r} with DeepSpeed and trainer.precision=32-true: expected auto or "
+            "float32, since DeepSpeed computes in one dtype. Or set trainer.precision to bf16-mixed."
+        )
     if isinstance(strategy, ZeroStrategy) and strategy.stage == 3:
         for name, value in (("quantization", loading.quantization), ("device_map", loading.device_map)):
             if value not in (None, "none"):

@@ -257,8 +257,15 @@ class RankWatch(L.Callback):
                 self._store.set("failed", message)
                 time.sleep(2 * self.interval if self._rank == 0 else 0)  # the store ends with rank 0
             self._store.set(f"beat{self._rank}", "done")
+            deadline = time.monotonic() + self.patience
+            while self._rank == 0 and message is None and time.monotonic() < deadline and not self._all_done():
+                time.sleep(0.05)  # whoever still looks would take the end of the store for a death
         except RuntimeError:
             pass  # rank 0 is gone already
+
+    def _all_done(self) -> bool:
+        keys = [f"beat{rank}" for rank in range(self._ranks)]
+        return self._store.check(keys) and all(self._store.get(key) == b"done" for key in keys)
 
     def _count(self) -> None:
         """Give signs of life, and look for those of others."""
