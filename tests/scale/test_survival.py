@@ -112,6 +112,28 @@ def test_a_folder_that_is_a_file_now_is_one_clear_error(tmp_path: Path) -> None:
         WholeCheckpointIO().save_checkpoint({}, tmp_path / "checkpoints" / "step00000001.ckpt")
 
 
+def test_a_run_directory_that_is_gone_is_not_made_anew(
+    base_fields: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from spd_lightning import cli
+    from spd_lightning.training.module import SpdModule
+
+    original = SpdModule.training_step
+
+    def training_step(self: Any, batch: Any, batch_idx: int) -> Any:
+        if self.global_step == 2:
+            (tmp_path / "run").rename(tmp_path / "elsewhere")
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(SpdModule, "training_step", training_step)
+    fields = {"trainer__max_steps": 8, "decoding__every_steps": 1, "trainer__log_every_n_steps": 100}
+    assert cli.main(words(base_fields, run_dir=tmp_path / "run", **fields)) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: run_dir: ") and "cannot be written: No such file or directory" in line
+    assert not (tmp_path / "run").exists()
+    assert newest_complete(tmp_path / "elsewhere" / "checkpoints") is not None, "what was saved is where it went"
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [("save_every_steps", 0), ("keep", 0), ("skipped_steps", -1), ("dead_rank_seconds", 1), ("save_every_minutes", 0)],

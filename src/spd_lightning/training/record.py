@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,8 +62,21 @@ class RunRecord:
         began = time.perf_counter()
         try:
             yield
-        finally:
-            self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - began, 2)
+        except BaseException as error:
+            self._spent(name, began)
+            self.fail(error)
+            raise
+        self._spent(name, began)
+        self.save()
+
+    def _spent(self, name: str, began: float) -> None:
+        self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - began, 2)
+
+    def fail(self, error: BaseException, how: str = "failed") -> None:
+        """Save how the run ended; a disk that takes no more must not hide the error that says so."""
+        named = f"{type(error).__name__}: " if how == "failed" else ""
+        self.status = f"{how}: {named}{error}"
+        with suppress(InputError):
             self.save()
 
 

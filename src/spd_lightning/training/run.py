@@ -128,13 +128,10 @@ def fit(cli: Any) -> Path:
             with record.phase("plots"):
                 _plots(record, module, target, data)
         record.status = "finished"
-    except BaseException as error:
-        record.status = (
-            f"stopped: {error}" if isinstance(error, StoppedError) else f"failed: {type(error).__name__}: {error}"
-        )
-        raise
-    finally:
         record.save()
+    except BaseException as error:
+        record.fail(error, "stopped" if isinstance(error, StoppedError) else "failed")
+        raise
     from spd_lightning.report.summary import print_summary
 
     if trainer.is_global_zero:

@@ -51,7 +51,7 @@ class SavedWhole:
     def __enter__(self) -> Path:
         if self.mine:
             try:
-                self.final.parent.mkdir(parents=True, exist_ok=True)
+                self.final.parent.mkdir(exist_ok=True)  # a run directory that is gone is an error, not a new start
                 _remove(self.temporary)  # what a killed process left
             except OSError as error:
                 raise cannot_save(self.final, error) from error
