@@ -26,7 +26,7 @@ class Case:
 
     name: str
     fields: dict[str, Any]
-    stop_at: int | None = None
+    stop_at: int | str | None = None
     break_at: tuple[int, int] | None = None
     command: str = "fit"
     arguments: list[str] = field(default_factory=list)

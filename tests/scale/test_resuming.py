@@ -69,6 +69,24 @@ def test_a_run_that_was_stopped_and_resumed_is_the_whole_one_bit_by_bit(runs: Pa
     ]
 
 
+@pytest.mark.parametrize("strategy", [None, "deepspeed_stage_3"])
+def test_a_run_that_is_stopped_in_a_validation_repeats_it(
+    runs: Path, go: Go, tmp_path: Path, strategy: str | None
+) -> None:
+    settings = fields() if strategy is None else two(strategy)
+    cases = [
+        Case("stopped", settings, stop_at="validation"),
+        Case("resumed", settings | {"run_dir": tmp_path / "stopped", "ckpt_path": "last"}),
+    ]
+    done = go(tmp_path, cases, ranks=1 if strategy is None else 2)
+    assert done.returned == {"stopped": STOPPED, "resumed": 0}, done.output
+    assert "step00000003.ckpt. Go on with" in done.output, "saved as the validation began"
+    whole = runs / f"{'single' if strategy is None else strategy}-whole"
+    assert everything_logged(tmp_path / "stopped") == everything_logged(whole)
+    weights = [load_file(run / "head" / "model.safetensors") for run in (whole, tmp_path / "stopped")]
+    assert all(weights[0][key].equal(weights[1][key]) for key in weights[0])
+
+
 @pytest.fixture(scope="module")
 def crossings(runs: Path, go: Go) -> Path:
     """Runs of two ranks taken up by one, and of one by two; and from strategy to strategy."""

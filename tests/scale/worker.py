@@ -1,8 +1,8 @@
 """One rank that goes through several runs in one process: `python worker.py CASES.json`.
 
-CASES.json lists {"arguments": [...], "stop_at": step or null, "patch": [...]}. A case with `stop_at` sends itself
-SIGTERM in that optimizer step. Ranks come by torchrun's environment variables; without them there is one. What each
-case returned is printed as a line of JSON.
+CASES.json lists {"name", "arguments", "stop_at", "break_at"}. A case with `stop_at` sends itself SIGTERM in that step,
+with "validation" while it decodes its first prompt; one with `break_at` (step, rank) makes a loss not a number. Ranks
+come by torchrun's environment variables; without them there is one. What each case returned is printed as JSON.
 """
 
 from __future__ import annotations
@@ -31,6 +31,20 @@ def stop_in(step: int) -> None:
         return original(self, batch, batch_idx)
 
     SpdModule.training_step = training_step  # type: ignore[method-assign]
+
+
+def stop_in_validation() -> None:
+    """Have this process told to stop while the first prompt of the first validation is decoded."""
+    from spd_lightning.training.validation import DecodingValidation
+
+    original = DecodingValidation.measure
+
+    def measure(self: Any, *args: Any) -> Any:
+        DecodingValidation.measure = original  # type: ignore[method-assign]
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *args)
+
+    DecodingValidation.measure = measure  # type: ignore[method-assign]
 
 
 def break_gradient(step: int, rank: int) -> None:
@@ -78,7 +92,9 @@ def main(cases: list[dict[str, Any]]) -> None:
     tell_what_is_held()
     for case in cases:
         SpdModule.training_step = original  # type: ignore[method-assign]
-        if case.get("stop_at") is not None:
+        if case.get("stop_at") == "validation":
+            stop_in_validation()
+        elif case.get("stop_at") is not None:
             stop_in(case["stop_at"])
         if case.get("break_at") is not None:
             break_gradient(*case["break_at"])
