@@ -13,7 +13,6 @@ from scale_runs import Case, Done, everything_logged, logged
 
 from spd_lightning.training.saving import progress_checkpoints
 
-pytestmark = pytest.mark.xdist_group("scale resuming")  # one worker goes through the runs, once
 Go = Callable[..., Done]
 STEPS, STOP, STOPPED = 10, 5, 128 + 15
 STRATEGIES = ("ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")

@@ -15,7 +15,6 @@ from spd_lightning.head.loading import load_head
 from spd_lightning.head.zero import open_parts
 from spd_lightning.training.saving import progress_checkpoints
 
-pytestmark = pytest.mark.xdist_group("scale strategies")  # one worker goes through the runs, once
 Go = Callable[..., Done]
 STEPS = 50
 STRATEGIES = ("ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")

@@ -31,7 +31,6 @@ from spd_lightning.training.saving import (
 )
 from spd_lightning.training.survival import Survival
 
-pytestmark = pytest.mark.xdist_group("scale survival")  # one worker goes through the runs, once
 Go = Callable[..., Done]
 
 

@@ -22,7 +22,6 @@ from spd_lightning.target.loading import Loading, load_target
 from spd_lightning.training.carousel import Carousel
 from spd_lightning.training.saving import progress_checkpoints
 
-pytestmark = pytest.mark.xdist_group("scale zero")  # one worker goes through the runs, once
 Go = Callable[..., Done]
 
 
