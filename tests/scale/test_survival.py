@@ -282,7 +282,7 @@ def test_a_run_that_is_killed_and_resumed_ends_with_the_same_weights(
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_thirty_kills_and_ten_terms_leave_no_trace_in_the_weights(base_fields: dict[str, Any], tmp_path: Path) -> None:
-    fields = {"trainer__max_steps": 150, "decoding__every_steps": 25, "model__learning_rate": 3e-3}
+    fields = {"trainer__max_steps": 300, "decoding__every_steps": 25, "model__learning_rate": 3e-3}
     whole, disturbed, met = kill_and_resume(base_fields, tmp_path, 30, 10, seed=1, **fields)
     assert_same_run(whole, disturbed)
     assert met.count("done") == 0 and met.count("save") >= 5 and met.count("step") >= 5, met
