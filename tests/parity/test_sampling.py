@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from spd_lightning.decoding import decoder as decoder_module
+from spd_lightning.decoding import verdict as verdict_module
 from spd_lightning.decoding.decoder import SpdDecoder, autoregressive_generate
 from spd_lightning.decoding.drafters import Draft, HeadDrafter, PromptLookupDrafter
 from spd_lightning.decoding.sampling import Sampling, draw, verify
@@ -264,13 +265,14 @@ def test_the_same_test_rejects_a_decoder_that_is_broken(
     target, settings = small_target(make_target), SETTINGS["plain"]
     drafter = make_drafter("head", target, settings)
     if broken == "accept always":
-        monkeypatch.setattr(decoder_module, "verify", accept_always)
+        monkeypatch.setattr(verdict_module, "verify", accept_always)
     elif broken == "residual is P":
-        monkeypatch.setattr(decoder_module, "verify", residual_is_the_target)
+        monkeypatch.setattr(verdict_module, "verify", residual_is_the_target)
     elif broken == "top-p on one side":
         settings, drafter = {"temperature": 1.2, "top_p": 0.6}, ClaimsTooMuch(drafter)
     else:
-        monkeypatch.setattr(decoder_module, "uniform", one_number_for_every_purpose)
+        for module in (decoder_module, verdict_module):
+            monkeypatch.setattr(module, "uniform", one_number_for_every_purpose)
     law = joint_law(conditional_laws(target, settings))
     counts, _ = sample(SpdDecoder(target, drafter), settings, 1_000)
     p = p_value(counts, law)

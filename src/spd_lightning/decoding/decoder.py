@@ -9,13 +9,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from spd_lightning.decoding.drafters import Draft, Drafter, HeadDrafter
 from spd_lightning.decoding.generation import Generation
-from spd_lightning.decoding.sampling import Sampling, draw, verify
+from spd_lightning.decoding.sampling import Sampling
+from spd_lightning.decoding.verdict import Verdicts
 from spd_lightning.decoding.schedule import Cycle, PipelineSchedule
 from spd_lightning.errors import InputError
 from spd_lightning.head.module import SpeculationHead
@@ -28,7 +30,8 @@ class CycleEvent:
     """What happened in one cycle, for streaming, traces and plots.
 
     Attributes:
-        cycle: the plan that was executed; None for the first token, which prefill emits.
+        cycle: the plan that was executed; None for the first token, which prefill emits, and where another rank ended
+            the sequence.
         drafted: the token drafted in this cycle for position cycle.newest + 1.
         emitted: the token that became final, if a position left the pipeline; the first token for prefill.
         accepted: whether it was the draft (True) or the target's correction (False); None if nothing was verified.
@@ -78,6 +81,7 @@ class SpdDecoder:
         eos_token_id: int | Iterable[int] | None = None,
         observer: Observer | None = None,
         stop: Stop | None = None,
+        forced_acceptance: float | None = None,
     ) -> Generation:
         """Decode one prompt; the output has exactly the target's distribution (greedy: is exactly the target's).
 
@@ -89,14 +93,18 @@ class SpdDecoder:
             eos_token_id: None: generation_config, else the config, else never; []: never; an id or several.
             observer: called once per cycle.
             stop: asked with the new tokens after each of them; the sequence ends where it says so.
+            forced_acceptance: for timing alone: a seeded coin keeps each verified draft at this rate, whatever the
+                target says of it. The text then means nothing.
 
         Raises:
             InputError: for an empty prompt, ids outside the vocabulary or more tokens than the context holds.
         """
-        prompt, sampling = _checked(self.target, input_ids, max_new_tokens), _sampling(temperature, top_k, top_p, seed)
+        prompt = checked_prompt(self.target, input_ids, max_new_tokens)
+        sampling = _sampling(temperature, top_k, top_p, seed)
         ends = self.target.end_of_sequence_ids(eos_token_id)
+        verdicts = Verdicts(self.target, self.drafter.draft_ids, sampling, forced_acceptance)
         began = time.perf_counter()
-        run = _Run(self.target, self.drafter, prompt, max_new_tokens, sampling)
+        run = self._run(prompt, max_new_tokens, verdicts, ends, observer is not None)
         first = run.prefill()
         prefilled = time.perf_counter()
         if observer:
@@ -105,33 +113,58 @@ class SpdDecoder:
         ended = _ended(tokens, ends, stop)
         while len(tokens) < max_new_tokens and not ended:
             event = run.cycle()
+            if event.cycle is None:
+                break
             if event.emitted is not None:
                 tokens.append(event.emitted)
                 accepted += bool(event.accepted)
             if observer:
                 observer(event)
             ended = event.emitted is not None and _ended(tokens, ends, stop)
-        cycles = run.schedule.cycle if len(tokens) > 1 else 0
-        return Generation(
+        found = Generation(
             token_ids=tokens,
             prompt_length=len(prompt),
             num_stages=self.drafter.staircase.num_stages,
-            cycles=cycles,
+            cycles=run.schedule.cycle if len(tokens) > 1 else 0,
             drafts_verified=len(tokens) - 1,
             drafts_accepted=accepted,
-            restart_positions=run.schedule.restart_positions,
+            restart_positions=list(run.schedule.restart_positions),
             prefill_seconds=prefilled - began,
             decode_seconds=time.perf_counter() - prefilled,
         )
+        run.end(stopped=len(tokens) < max_new_tokens and tokens[-1] not in ends)
+        return found
+
+    def _run(
+        self, prompt: list[int], max_new_tokens: int, verdicts: Verdicts, ends: frozenset[int], observed: bool
+    ) -> Run:
+        """What executes the cycles of one generation; other engines have their own."""
+        return _Run(self.target, self.drafter, prompt, max_new_tokens, verdicts)
+
+
+class Run(Protocol):
+    """One generation on one engine: `generate` decides when it is over."""
+
+    schedule: PipelineSchedule
+
+    def prefill(self) -> int:
+        """Prompt through target and head; returns the first token, which is the target's own."""
+
+    def cycle(self) -> CycleEvent:
+        """Execute what the schedule plans, and advance it."""
+
+    def end(self, stopped: bool) -> None:
+        """No cycle follows; `stopped`: because the caller wants no more, not for a reason that every rank knows."""
 
 
 class _Run:
     """The state of one generation: caches, tokens in flight, and how one planned cycle is executed."""
 
     def __init__(
-        self, target: Target, drafter: Drafter, prompt: list[int], max_new_tokens: int, sampling: Sampling
+        self, target: Target, drafter: Drafter, prompt: list[int], max_new_tokens: int, verdicts: Verdicts
     ) -> None:
-        self.target, self.drafter, self.sampling = target, drafter, sampling
+        self.target, self.drafter, self.verdicts = target, drafter, verdicts
+        self.sampling = verdicts.sampling
         self.tokens = list(prompt)  # prompt, emitted and in flight
         self.capacity = len(prompt) + max_new_tokens + drafter.staircase.num_stages + 1
         self.cache = target.new_cache(self.capacity, drafter.staircase.stage_layers)
@@ -141,7 +174,6 @@ class _Run:
         self.kept: dict[int, Tensor] = {}  # position -> anchor states [A, H] of tokens in flight
         self.hidden: dict[int, Tensor] = {}  # position -> hidden state [1, 1, H] it is at
         self.drafts: dict[int, Draft] = {}  # position -> the draft that entered there, until it is verified
-        self.attempts: dict[int, int] = {}  # position -> how often it was drafted
         bounds = drafter.staircase.boundaries
         self.stage_layers = [range(start, stop) for start, stop in zip(bounds, bounds[1:], strict=False)]
 
@@ -150,7 +182,7 @@ class _Run:
         ids = torch.tensor([self.tokens], device=self.target.device)
         states, last = self.target(ids, self.anchors, cache=self.cache)
         self.drafter.start(self.tokens, states, self.capacity)
-        first = _target_token(self.target.logits(last[:, -1])[0], self.sampling, len(self.tokens))
+        first = self.verdicts.own(last[0, -1], len(self.tokens))
         self.schedule = PipelineSchedule(self.drafter.staircase, len(self.tokens))
         self._enter(len(self.tokens), first)
         return first
@@ -159,9 +191,7 @@ class _Run:
         """Execute one cycle. The head reads what existed at its start, so it goes before the stages."""
         plan = self.schedule.plan()
         position = plan.newest + 1
-        attempt = self.attempts.get(position, 0)
-        self.attempts[position] = attempt + 1
-        u = 0.0 if self.sampling.greedy else uniform(self.sampling.seed, Purpose.DRAFT, position, attempt)
+        u = 0.0 if self.sampling.greedy else uniform(self.sampling.seed, Purpose.DRAFT, position, plan.attempt)
         draft = self.drafter.draft(plan, self.kept, self.tokens, self.sampling, u)
         for stage, at in reversed(plan.stages):  # in the order of layers: weights that pass by (ZeRO-3) pass by once
             self.hidden[at] = self.target.run_layers(
@@ -191,15 +221,12 @@ class _Run:
 
     def _verdict(self, leaving: int) -> int:
         """The token at leaving + 1: the draft in flight there, or the target's correction."""
-        logits = self.target.logits(self.hidden.pop(leaving))[0, 0]
-        if self.sampling.greedy:
-            return int(logits.argmax())
-        draft = self.drafts[leaving + 1]
-        assert draft.law is not None
-        seed, position, attempt = self.sampling.seed, leaving + 1, self.attempts[leaving + 1] - 1
-        coin = uniform(seed, Purpose.ACCEPT, position, attempt)
-        residual = uniform(seed, Purpose.RESIDUAL, position, attempt)
-        return verify(draft.token, self.sampling.law(logits), draft.law, self.drafter.draft_ids, coin, residual)
+        position = leaving + 1
+        attempt = self.schedule.attempt_of(position)
+        return self.verdicts.of(self.hidden.pop(leaving)[0, 0], self.drafts[position], position, attempt)
+
+    def end(self, stopped: bool) -> None:
+        """Nothing outlives a generation here."""
 
     def _forget(self, leaving: int) -> None:
         # the position that left one cycle ago had its deepest row in this cycle
@@ -229,13 +256,14 @@ def autoregressive_generate(
     stop: Stop | None = None,
 ) -> Generation:
     """The baseline: one token per full target pass, through the same layers, cache and sampling as `SpdDecoder`."""
-    prompt, sampling = _checked(target, input_ids, max_new_tokens), _sampling(temperature, top_k, top_p, seed)
+    prompt = checked_prompt(target, input_ids, max_new_tokens)
+    verdicts = Verdicts(target, None, _sampling(temperature, top_k, top_p, seed))
     ends = target.end_of_sequence_ids(eos_token_id)
     began = time.perf_counter()
     capacity = len(prompt) + max_new_tokens
     cache, rotary = target.new_cache(capacity), target.rotary_table(capacity)
     _, last = target(torch.tensor([prompt], device=target.device), (), cache=cache)
-    tokens = [_target_token(target.logits(last[:, -1])[0], sampling, len(prompt))]
+    tokens = [verdicts.own(last[0, -1], len(prompt))]
     prefilled = time.perf_counter()
     nothing = last.new_empty(0, target.hidden_size)
     if observer:
@@ -245,7 +273,7 @@ def autoregressive_generate(
         hidden = target.run_layers(
             target.embed(tokens[-1]), range(target.num_layers), position, rotary, cache, {}, nothing
         )
-        tokens.append(_target_token(target.logits(hidden)[0, 0], sampling, position + 1))
+        tokens.append(verdicts.own(hidden[0, 0], position + 1))
         if observer:
             observer(CycleEvent(None, None, tokens[-1], None))
     return Generation(
@@ -265,18 +293,11 @@ def _ended(tokens: Sequence[int], ends: Container[int], stop: Stop | None) -> bo
     return tokens[-1] in ends or (stop is not None and stop(tokens))
 
 
-def _target_token(logits: Tensor, sampling: Sampling, position: int) -> int:
-    """The target's own token for `position` from its logits [V]."""
-    if sampling.greedy:
-        return int(logits.argmax())
-    return draw(sampling.law(logits), uniform(sampling.seed, Purpose.TARGET, position, 0))
-
-
 def _sampling(temperature: float, top_k: int, top_p: float, seed: int | None) -> Sampling:
     return Sampling(temperature, top_k, top_p, 0 if seed is None else seed)
 
 
-def _checked(target: Target, input_ids: Tensor | Sequence[int], max_new_tokens: int) -> list[int]:
+def checked_prompt(target: Target, input_ids: Tensor | Sequence[int], max_new_tokens: int) -> list[int]:
     """The prompt as a list of ids, refused where it cannot be decoded."""
     ids = input_ids.tolist() if isinstance(input_ids, Tensor) else list(input_ids)
     if ids and isinstance(ids[0], list):

@@ -25,6 +25,7 @@ class Cycle:
         newest: the position that entered in this cycle; its row drafts position newest + 1.
         leaving: the position that finishes its last stage in this cycle, or None while the pipeline fills. Its target
             logits verify the draft at position leaving + 1.
+        attempt: how often position newest + 1 was drafted before; a counter of the draws for this draft.
     """
 
     index: int
@@ -32,6 +33,7 @@ class Cycle:
     rows: tuple[tuple[int, int], ...]
     newest: int
     leaving: int | None
+    attempt: int = 0
 
 
 @dataclass
@@ -49,18 +51,27 @@ class PipelineSchedule:
     cycle: int = 0
     restart_positions: list[int] = field(default_factory=list)
     _entered: dict[int, int] = field(default_factory=dict)  # entry cycle -> position, of the last n + 1 cycles
+    _attempts: dict[int, int] = field(default_factory=dict)  # position -> how often it was drafted, unless it is final
 
     def __post_init__(self) -> None:
         self._enter(self.first_position)
         self.restart_positions.append(self.first_position)
 
-    def plan(self) -> Cycle:
-        """What has to be done in the current cycle."""
+    def plan(self, ahead: bool = False) -> Cycle:
+        """What has to be done in the current cycle; `ahead`: in the next one, if this one's verdict is acceptance."""
         n, c, entered = self.staircase.num_stages, self.cycle, self._entered
+        if ahead:
+            entered, c = {**entered, c + 1: entered[c] + 1}, c + 1
         stages = tuple((s, entered[c - s]) for s in reversed(range(n)) if c - s in entered)
         due = zip(self.staircase.reachable_blocks, self.staircase.first_depths, strict=True)
         rows = tuple((k, entered[c - depth]) for k, depth in reversed(list(due)) if c - depth in entered)
-        return Cycle(c, stages, rows, newest=entered[c], leaving=entered.get(c - n + 1))
+        newest = entered[c]
+        attempt = self._attempts.get(newest + 1, 0)
+        return Cycle(c, stages, rows, newest, leaving=entered.get(c - n + 1), attempt=attempt)
+
+    def attempt_of(self, position: int) -> int:
+        """The attempt that made the draft in flight at `position`."""
+        return self._attempts[position] - 1
 
     def advance(self, accepted: bool | None) -> None:
         """End the cycle: let the fresh draft in, or flush everything in flight and restart.
@@ -71,7 +82,10 @@ class PipelineSchedule:
         n, leaving = self.staircase.num_stages, self._entered.get(self.cycle - self.staircase.num_stages + 1)
         assert (accepted is None) == (leaving is None), "a verdict belongs to every cycle in which a position leaves"
         newest = self._entered[self.cycle]
+        self._attempts[newest + 1] = self._attempts.get(newest + 1, 0) + 1
         self.cycle += 1
+        if leaving is not None:
+            self._attempts.pop(leaving + 1, None)
         if accepted is False:
             assert leaving is not None
             # the leaving position stays: it may still owe its deepest row, which is due in the restart's cycle

@@ -94,13 +94,8 @@ class SlidingAttentionLayer(FullAttentionLayer):
     ) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        count = key_states.shape[-2]
-        assert count == 1 or self.length == 0, "several tokens at once are a prompt, and a prompt comes first"
-        if self.length == 0:  # the mask hides what is outside of a window; only what is still needed stays
-            kept = min(count, self.needed, self.capacity)
-            self.first, self.length = count - kept, count
-            self._store(0, key_states[:, :, count - kept :], value_states[:, :, count - kept :])
-            return key_states, value_states
+        if key_states.shape[-2] > 1:
+            return self._absorb(key_states, value_states)
         if self.length - self.first == self.capacity:
             self._make_room()
         place = self.length - self.first
@@ -109,6 +104,19 @@ class SlidingAttentionLayer(FullAttentionLayer):
         assert self.keys is not None and self.values is not None
         seen = slice(max(0, place + 1 - self.window), place + 1)
         return self.keys[:, :, seen], self.values[:, :, seen]
+
+    def _absorb(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """A piece of a prompt: it sees the window before it, the mask hides the rest; what is still needed stays."""
+        assert self.keys is not None and self.values is not None
+        place = self.length - self.first
+        keys = torch.cat([self.keys[:, :, :place], key_states], dim=2)
+        values = torch.cat([self.values[:, :, :place], value_states], dim=2)
+        self.length += key_states.shape[-2]
+        kept = min(keys.shape[2], self.needed, self.capacity)
+        self.first = self.length - kept
+        self._store(0, keys[:, :, -kept:], values[:, :, -kept:])
+        seen = max(0, place + 1 - self.window)
+        return keys[:, :, seen:], values[:, :, seen:]
 
     def truncate(self, length: int) -> None:
         super().truncate(length)
@@ -141,8 +149,8 @@ class SlidingAttentionLayer(FullAttentionLayer):
 class RecurrentLayer(LinearAttentionCacheLayerMixin):
     """The convolution's and the recurrent state after each of the last `rollback` + 1 tokens, in a ring.
 
-    The states after p tokens lie in slot p modulo the ring's size. A prompt is absorbed at once and leaves one
-    snapshot, its end; going back never reaches into it, because its tokens are true.
+    The states after p tokens lie in slot p modulo the ring's size. A piece of a prompt is absorbed at once and leaves
+    one snapshot, its end; going back never reaches into it, because its tokens are true.
     """
 
     is_sliding = False
@@ -192,24 +200,26 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin):
         self, conv_states: Tensor, state_idx: int = 0, conv_kernel_size: int | None = None, **kwargs: object
     ) -> Tensor:
         """A prompt's inputs of the convolution [B, channels, T]: the last `conv_kernel_size` of them are its state."""
-        assert self.length == 0 and conv_kernel_size is not None, "several tokens at once are a prompt"
+        assert conv_kernel_size is not None, "several tokens at once are a prompt"
         self._absorbing = conv_states.shape[-1]
-        padded = torch.nn.functional.pad(conv_states, (max(0, conv_kernel_size - self._absorbing), 0))
+        if self.length:  # a later piece: the convolution reaches back into the one before
+            padded = torch.cat([self._conv[self.length % self.slots], conv_states], dim=-1)  # type: ignore[index]
+        else:
+            padded = torch.nn.functional.pad(conv_states, (max(0, conv_kernel_size - self._absorbing), 0))
         last = padded[..., -conv_kernel_size:]
         if self._conv is None:
             self.lazy_initialization(conv_states=last)
         assert self._conv is not None
-        self._conv[self._absorbing % self.slots] = last
+        self._conv[(self.length + self._absorbing) % self.slots] = last
         return padded
 
     def update_recurrent_state(self, recurrent_states: Tensor, state_idx: int = 0, **kwargs: object) -> Tensor:
         if self._recurrent is None:
             self.lazy_initialization(recurrent_states=recurrent_states)
         assert self._recurrent is not None
-        if self.length == 0:
-            self.oldest = self._absorbing
+        absorbed = self.length == 0 or self._absorbing > 1
         self.length += self._absorbing
-        self.oldest = max(self.oldest, self.length - self.slots + 1)
+        self.oldest = self.length if absorbed else max(self.oldest, self.length - self.slots + 1)
         self._recurrent[self.length % self.slots] = recurrent_states
         return self._recurrent[self.length % self.slots]
 

@@ -41,6 +41,9 @@ _MASKS: dict[str, Callable[..., Any]] = {
     "linear_attention": create_recurrent_attention_mask,
 }
 
+#: Kinds whose mask depends on what the cache holds.
+_SIZED = ("full_attention", "sliding_attention")
+
 #: cos and sin of some positions, by kind of layer: kinds may turn by different angles (Gemma 3, OLMo 3).
 Rotary = dict[str, tuple[Tensor, Tensor]]
 
@@ -230,6 +233,42 @@ class Target(nn.Module):
         place = kept[0].device  # a target over several devices hands everything out in one place
         return [kept[anchor].to(place) for anchor in anchors], hidden.to(place)
 
+    @torch.no_grad()
+    def prefill_layers(
+        self, hidden: Tensor, layers: range, start: int, cache: RollbackCache, keep: Iterable[int] = ()
+    ) -> tuple[dict[int, Tensor], Tensor]:
+        """A piece of a prompt through some consecutive layers (a stage).
+
+        Args:
+            hidden: h_i [1, C, H] of positions start .. start + C - 1, with i = layers.start; 0 is the embedding.
+            cache: holds positions 0 .. start - 1 of these layers, and takes these.
+            keep: hidden-state indices.
+
+        Returns:
+            [1, C, H] of those indices that these layers produce, and h_i with i = layers.stop.
+        """
+        position_ids = torch.arange(start, start + hidden.shape[1], device=hidden.device)[None]
+        rotary = self._rotary(hidden, position_ids)
+        masks, kept = {}, {}
+        for kind in {self.layer_kinds[index] for index in layers}:
+            first = next(index for index in layers if self.layer_kinds[index] == kind)
+            masks[kind] = _MASKS[kind](
+                config=self.config,
+                inputs_embeds=hidden,
+                attention_mask=None,
+                past_key_values=cache if kind in _SIZED and start else None,
+                **({"layer_idx": first} if kind in _SIZED else {}),
+            )
+        for index in layers:
+            hidden = self._layer(index, hidden, position_ids, rotary, cache, masks[self.layer_kinds[index]])
+            if index + 1 in keep:
+                kept[index + 1] = hidden
+        return kept, hidden
+
+    def embed_tokens(self, tokens: Sequence[int]) -> Tensor:
+        """h_0 of some tokens, [1, S, H]."""
+        return self._parts[0](torch.tensor([list(tokens)], device=self.device))
+
     def _masks(self, hidden: Tensor, documents: Tensor | None) -> dict[str, Any]:
         """The attention mask of each kind of layer; None where its kernel is causal by itself."""
         same_document = None
@@ -274,15 +313,18 @@ class Target(nn.Module):
 
     # -- one token through one stage (decoding) ----------------------------------------------------------------------
 
-    def new_cache(self, capacity: int, stage_layers: Sequence[int] | None = None) -> RollbackCache:
+    def new_cache(
+        self, capacity: int, stage_layers: Sequence[int] | None = None, tentative: int = 0
+    ) -> RollbackCache:
         """An empty cache for one sequence of up to `capacity` tokens.
 
         Args:
             stage_layers: stages of the pipeline that fills it: stage s of n can be rolled back by n - 1 - s tokens.
                 None: one stage, which never rolls back.
+            tentative: by how many tokens more, because stages go on before they know a verdict.
         """
         stages = [self.num_layers] if stage_layers is None else stage_layers
-        rollbacks = [len(stages) - 1 - stage for stage, layers in enumerate(stages) for _ in range(layers)]
+        rollbacks = [len(stages) - 1 - stage + tentative for stage, layers in enumerate(stages) for _ in range(layers)]
         window = getattr(self.config, "sliding_window", None)
         return RollbackCache(
             [
@@ -299,7 +341,7 @@ class Target(nn.Module):
 
     def embed(self, token: int) -> Tensor:
         """h_0 of one token, [1, 1, H]."""
-        return self._parts[0](torch.tensor([[token]], device=self.device))
+        return self.embed_tokens([token])
 
     @torch.no_grad()
     def run_layers(
@@ -311,6 +353,7 @@ class Target(nn.Module):
         cache: RollbackCache,
         keep: dict[int, int],
         kept: Tensor,
+        abandoned: Callable[[], bool] | None = None,
     ) -> Tensor:
         """One token at `position` through some consecutive layers (a stage).
 
@@ -319,13 +362,16 @@ class Target(nn.Module):
             rotary: `rotary_table` that covers the position.
             keep: hidden-state index -> row of `kept`, for the anchors.
             kept: [A, H], receives the anchor states that these layers produce.
+            abandoned: asked before every layer whether the result is of no use any more.
 
         Returns:
-            h_i [1, 1, H] with i = layers.stop.
+            h_i [1, 1, H] with i = layers.stop; anything where it was abandoned.
         """
         here = {kind: (cos[:, position, None], sin[:, position, None]) for kind, (cos, sin) in rotary.items()}
         positions = torch.tensor([[position]], device=hidden.device)
         for index in layers:
+            if abandoned is not None and abandoned():
+                break
             hidden = self._layer(index, hidden, positions, here, cache, None)
             if index + 1 in keep:
                 kept[keep[index + 1]] = hidden[0, 0]
