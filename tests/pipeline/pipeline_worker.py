@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from conftest import _make_target  # noqa: E402
-from family.common import build  # noqa: E402
+from family.common import build, rejected_phases, tokens_for_every_phase  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from spd_lightning.decoding.decoder import CycleEvent, SpdDecoder, autoregressive_generate  # noqa: E402
@@ -58,6 +58,27 @@ class Corrected:
         return Draft((right + 1) % VOCABULARY, None)
 
 
+class WrongInEveryPhase(Corrected):
+    """Wrong once per run: at the draft that is made when f tokens are in flight, f = 1 .. n in turn."""
+
+    def __init__(self, head: Any, right: Sequence[int]) -> None:
+        super().__init__(head, right, 1.0, 0)
+        self.began: list[int] = []
+
+    def draft(
+        self, cycle: Cycle, kept: dict[int, Tensor], tokens: Sequence[int], sampling: Sampling, u: float
+    ) -> Draft:
+        if len(tokens) < (self.began or [0])[-1]:
+            self.began.clear()  # another generation
+        if len(cycle.stages) == 1:
+            self.began.append(cycle.newest)
+        draft = super().draft(cycle, kept, tokens, sampling, u)
+        phase = (len(self.began) - 1) % self.staircase.num_stages + 1
+        if cycle.newest + 1 == self.began[-1] + phase:
+            return Draft((draft.token + 1) % VOCABULARY, None)
+        return draft
+
+
 def case(number: int, world: int) -> dict[str, Any]:
     """Everything about a case, drawn from its number."""
     draw = random.Random(number * 10 + world)
@@ -79,7 +100,7 @@ def case(number: int, world: int) -> dict[str, Any]:
         "prompt": [draw.randrange(VOCABULARY) for _ in range(draw.choice((1, 2, 7, 19)))],
         "new": draw.choice((1, 2, n, 3 * n + 2, 40)),
         "chunk": draw.choice((3, 256)),
-        "kind": draw.choice(("head", "corrected .5", "corrected .8", "corrected 1", "sampled", "forced", "stopped")),
+        "kind": draw.choice(("head", "corrected .5", "corrected .8", "corrected 1", "sampled", "forced", "stopped", "phases")),
         "dtype": torch.float64,
         "head_layers": draw.choice((1, 2)),
         "draft_ids": sorted(draw.sample(range(VOCABULARY), 30)) if draw.random() < 0.5 else None,
@@ -94,11 +115,16 @@ def run(about: dict[str, Any]) -> dict[str, Any] | None:
         target, num_layers=about["head_layers"], draft_token_ids=about["draft_ids"], seed=about["number"]
     ).double().eval()
     drafter: Any = head
-    kind, new = about["kind"], about["new"]
+    kind, n = about["kind"], about["n"]
+    new = max(about["new"], 2 * tokens_for_every_phase(n)) if kind == "phases" else about["new"]
     options: dict[str, Any] = {"eos_token_id": about["eos"]}
-    if kind.startswith("corrected"):
-        plain = autoregressive_generate(target, about["prompt"], new + about["n"] + 3, eos_token_id=[])
-        drafter = Corrected(head, [*about["prompt"], *plain.token_ids], float(kind.split()[1]), about["number"])
+    if kind.startswith("corrected") or kind == "phases":
+        plain = autoregressive_generate(target, about["prompt"], new + n + 3, eos_token_id=[])
+        right = [*about["prompt"], *plain.token_ids]
+        options["eos_token_id"] = [] if kind == "phases" else about["eos"]
+        drafter = WrongInEveryPhase(head, right) if kind == "phases" else Corrected(
+            head, right, float(kind.split()[1]), about["number"]
+        )
     elif kind == "sampled":
         options |= {"temperature": 0.9, "top_p": 0.95, "seed": about["number"]}
     elif kind == "forced":
@@ -107,30 +133,28 @@ def run(about: dict[str, Any]) -> dict[str, Any] | None:
     decoder = PipelineDecoder(target, drafter, range(world), prefill_chunk=about["chunk"])
     stop = (lambda tokens: len(tokens) >= 3) if kind == "stopped" else None
     differs: list[str] = []
+    if not decoder.leads:
+        decoder.follow()
+        return None
+    found, events = None, list[CycleEvent]()
     for repeat in range(2):  # the second generation finds what the first one left behind
-        events: list[CycleEvent] = []
-        watching = decoder.verifies and repeat == 1
-        found = decoder.generate(
-            about["prompt"], new, **options, stop=stop if decoder.verifies else None,
-            observer=events.append if watching else None,
+        events, expected_events = [], list[CycleEvent]()
+        observer = events.append if repeat else None
+        found = decoder.generate(about["prompt"], new, **options, stop=stop, observer=observer)
+        expected = SpdDecoder(target, drafter).generate(
+            about["prompt"], new, **options, stop=stop, observer=expected_events.append
         )
-        if decoder.verifies:
-            expected_events: list[CycleEvent] = []
-            expected = SpdDecoder(target, drafter).generate(
-                about["prompt"], new, **options, stop=stop, observer=expected_events.append
-            )
-            differs += [
-                f"{repeat} {name}: {getattr(found, name)} instead of {getattr(expected, name)}"
-                for name in ("token_ids", "cycles", "drafts_verified", "drafts_accepted", "restart_positions")
-                if getattr(found, name) != getattr(expected, name)
-            ]
-            if watching and events != expected_events:
-                differs.append(f"{repeat} events")
+        differs += [
+            f"{repeat} {name}: {getattr(found, name)} instead of {getattr(expected, name)}"
+            for name in ("token_ids", "cycles", "drafts_verified", "drafts_accepted", "restart_positions")
+            if getattr(found, name) != getattr(expected, name)
+        ]
+        if repeat and events != expected_events:
+            differs.append("events")
     decoder.close()
-    if decoder.verifies:
-        phases = len(found.restart_positions)
-        return about | {"dtype": "float64", "differs": differs, "restarts": phases, "tokens": len(found.token_ids)}
-    return None
+    assert found is not None
+    told = {"dtype": "float64", "differs": differs, "tokens": len(found.token_ids)}
+    return about | told | {"restarts": len(found.restart_positions), "phases": sorted(set(rejected_phases(events)))}
 
 
 def main() -> None:

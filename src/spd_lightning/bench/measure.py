@@ -22,7 +22,7 @@ class Row:
     Attributes:
         prompts, key, category, turn, temperature: which it is.
         prompt_tokens, new_tokens, cycles, drafts_verified, drafts_accepted: see `Generation`.
-        prefill_seconds, decode_seconds: medians over repeats, on the simulated clock of one process.
+        prefill_seconds, decode_seconds: medians over repeats; on a simulated clock where one process runs all stages.
         plain_tokens, plain_prefill_seconds, plain_decode_seconds: of the autoregressive baseline, likewise.
         lossless: `identical`, `tie` or `mismatch` of greedy output and baseline; None under sampling.
     """
@@ -57,6 +57,7 @@ class Settings:
     turns: str = "first"
     raw: bool = False
     repeats: int = 1
+    forced_acceptance: float | None = None
 
     def fields(self) -> dict[str, Any]:
         return asdict(self) | {"temperatures": list(self.temperatures)}
@@ -94,10 +95,15 @@ def _measure_turn(
         "top_p": settings.top_p,
         "seed": seed,
     }
-    found = _repeated(lambda: models.decoder.generate(ids, **options), settings.repeats)  # type: ignore[union-attr]
+    forced: dict[str, Any] = {}
+    if settings.forced_acceptance is not None:  # the text means nothing: neither its end nor its equality
+        options["eos_token_id"] = []
+        forced["forced_acceptance"] = settings.forced_acceptance
+    decoder = models.decoder
+    found = _repeated(lambda: decoder.generate(ids, **options, **forced), settings.repeats)
     plain = _repeated(lambda: autoregressive_generate(models.target, ids, **options), settings.repeats)
     lossless = None
-    if temperature == 0:
+    if temperature == 0 and not forced:
         parting = lossless_divergence(models.target, ids, found[0], plain[0])
         lossless = "identical" if parting is None else "tie" if parting.tie else "mismatch"
     return found[0], {

@@ -17,12 +17,19 @@ from spd_lightning.errors import InputError
 
 FORMAT = "spd-bench/1"
 DRAWS = 2000
-#: Why no wall-clock speedup is given.
+#: Why no wall-clock speedup is given by one process.
 CLOCK = "one process runs the stages one after another: its seconds are a simulated clock, and no speedup"
 
 
-def figures(rows: Sequence[Row], num_stages: int, seed: int) -> list[dict[str, Any]]:
-    """One entry per prompt set, category and temperature, sets before their categories; `all` if there are several."""
+def clock(ranks: int) -> str:
+    """What the seconds of a record are."""
+    if ranks == 1:
+        return CLOCK
+    return f"{ranks} ranks run the stages at the same time; the baseline runs on the hardware of one rank"
+
+
+def figures(rows: Sequence[Row], num_stages: int, seed: int, ranks: int = 1) -> list[dict[str, Any]]:
+    """One entry per prompt set, category and temperature (wall clock only of several `ranks`), sets before their categories; `all` if there are several."""
     groups: dict[tuple[str, str | None, float], list[Row]] = defaultdict(list)
     several = len({row.prompts for row in rows}) > 1
     for row in rows:
@@ -33,12 +40,12 @@ def figures(rows: Sequence[Row], num_stages: int, seed: int) -> list[dict[str, A
             groups["all", None, row.temperature].append(row)
     ordered = sorted(groups.items(), key=lambda item: (item[0][2], item[0][0], item[0][1] or ""))
     return [
-        {"prompts": name, "category": category, "temperature": temperature, **_pooled(members, num_stages, seed)}
+        {"prompts": name, "category": category, "temperature": temperature, **_pooled(members, num_stages, seed, ranks > 1)}
         for (name, category, temperature), members in ordered
     ]
 
 
-def _pooled(rows: Sequence[Row], n: int, seed: int) -> dict[str, Any]:
+def _pooled(rows: Sequence[Row], n: int, seed: int, parallel: bool) -> dict[str, Any]:
     """Ratios of sums, as everywhere; prompts (with all their turns) are what the bootstrap draws."""
     new = sum(row.new_tokens for row in rows)
     verified, accepted = sum(row.drafts_verified for row in rows), sum(row.drafts_accepted for row in rows)
@@ -60,7 +67,7 @@ def _pooled(rows: Sequence[Row], n: int, seed: int) -> dict[str, Any]:
         "theoretical_speedup": _ratio(n * (new - len(rows)), cycles),
         "theoretical_speedup_interval": bootstrap(per_prompt, lambda s: (n * (s[:, 0] - s[:, 4]), s[:, 1]), seed),
         "equivalent_accept_length": _ratio(n * new, cycles),
-        "wall_clock_speedup": None,
+        "wall_clock_speedup": _ratio((new - len(rows)) * plain_decode, decode * (plain - len(rows))) if parallel else None,
         "tokens_per_second": _ratio(new - len(rows), decode),
         "seconds_to_first_token": _ratio(sum(row.prefill_seconds for row in rows), len(rows)),
         "plain_tokens_per_second": _ratio(plain - len(rows), plain_decode),

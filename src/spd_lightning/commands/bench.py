@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from spd_lightning.commands.models import add_model_flags, load_models
 from spd_lightning.commands.parsing import CommandParser
+from spd_lightning.commands.ranks import add_rank_flags, finish, follow, on_ranks
 from spd_lightning.errors import InputError
 from spd_lightning.files import write_whole
 
@@ -21,19 +23,23 @@ if TYPE_CHECKING:
     from spd_lightning.bench.prompts import PromptSet
     from spd_lightning.bench.record import Rows
     from spd_lightning.commands.models import Models
+    from spd_lightning.decoding.launch import Member
 
 _ABOUT = """\
 Decode prompt sets with a head and report, per prompt, category and set: acceptance p, A, theoretical speedup S, cycles,
 the published "equivalent accept length", time to first token, tokens per second, and the autoregressive baseline in the
 same process. Greedy output is compared with the baseline token for token; any difference but a tie is exit status 1.
 
-p, A, S and cycles depend on the seed alone. Seconds are those of ONE process that runs the stages one after another, a
-simulated clock: no wall-clock speedup is derived from them."""
+p, A, S and cycles depend on the seed alone. With --workers N (or torchrun) every stage is a process of its own, and the
+wall-clock speedup over plain decoding on one rank's hardware is measured; without, one process runs the stages one after
+another, and its seconds are a simulated clock."""
 
 _EXAMPLES = """\
 examples
   spd-lightning bench --target tiny --head runs/tiny --prompts question.jsonl --limit 80
   spd-lightning bench --target tiny --head heads/tiny --prompts gsm8k.jsonl HumanEval.jsonl --temperature 0 1
+  spd-lightning bench --target tiny --head runs/tiny --prompts question.jsonl --workers 4 --trace trace.json
+  spd-lightning bench --target big --head untrained --prompts question.jsonl --workers 8 --forced-acceptance 0.85
   spd-lightning export --checkpoint runs/tiny --output heads/tiny --bench bench.json     put the figures on the card
 
 prompts: JSON lines with `turns` (Spec-Bench, MT-Bench), `question` (GSM8K), `prompt` (HumanEval), `messages` or
@@ -60,7 +66,11 @@ def parser() -> CommandParser:
     text.add_argument("--seed", type=int, default=0, help="of draws and of the bootstrap (default: 0)")
     clock = made.add_argument_group("time")
     clock.add_argument("--warmup", type=int, default=1, metavar="N", help="generations before any counts (default: 1)")
+    clock.add_argument(
+        "--forced-acceptance", type=float, metavar="P", help="time alone: a coin keeps drafts at this rate, texts are noise"
+    )
     clock.add_argument("--repeats", type=int, default=1, metavar="N", help="medians over N generations (default: 1)")
+    add_rank_flags(made)
     made.add_argument(
         "--output", type=Path, default=Path("bench.json"), metavar="FILE", help="the record; .md and .png lie beside it"
     )
@@ -70,10 +80,15 @@ def parser() -> CommandParser:
 def run(argv: list[str]) -> int:
     """`spd-lightning bench`."""
     options = parser().parse_args(argv)
-    _check(options)
+    if os.environ.get("RANK", "0") == "0":  # one rank looks at the disk before any other writes to it
+        _check(options)
+    return on_ranks("bench", argv, options, lambda me: _run(options, me))
+
+
+def _run(options: Namespace, me: Member | None) -> int:
     from spd_lightning.bench.measure import Settings, fits
     from spd_lightning.bench.prompts import read_prompts
-    from spd_lightning.bench.record import CLOCK, FORMAT, Rows, figures, markdown, row_fields
+    from spd_lightning.bench.record import FORMAT, Rows, clock, figures, markdown, row_fields
     from spd_lightning.decoding.sampling import Sampling
     from spd_lightning.head.digest import weights_digest
     from spd_lightning.provenance import machine, provenance
@@ -84,8 +99,11 @@ def run(argv: list[str]) -> int:
         raise InputError("--prompts: the same file, or one of the same folder's and file's name, is given twice.")
     for temperature in options.temperature:
         Sampling(temperature, options.top_k, options.top_p)
-    models = load_models(options)
-    assert models.head is not None
+    models = load_models(options, me)
+    assert models.head is not None and models.decoder is not None
+    if me is not None and not models.decoder.leads:  # type: ignore[attr-defined]
+        return follow(models.decoder)  # type: ignore[arg-type]
+    ranks = models.decoder.ranks
     if not models.chats and not options.raw:
         raise InputError(f"--target {options.target}: its tokenizer has no chat template. Add --raw.")
     settings = Settings(
@@ -97,6 +115,7 @@ def run(argv: list[str]) -> int:
         turns=options.turns,
         raw=options.raw,
         repeats=options.repeats,
+        forced_acceptance=options.forced_acceptance,
     )
     sets = [one.select(lambda prompt: fits(models, prompt, settings), options.limit) for one in sets]
     for one in sets:
@@ -111,6 +130,7 @@ def run(argv: list[str]) -> int:
             "stage_layers": list(models.head.config.stage_layers),
         },
         "settings": settings.fields(),
+        "engine": {"ranks": ranks, "head_alone": ranks > models.head.staircase.num_stages},
         "prompt_sets": [_described(one) for one in sets],
     }
     journal = Rows(options.output.with_name(f".{options.output.name}.journal"), about)
@@ -124,12 +144,13 @@ def run(argv: list[str]) -> int:
         journal.close()
         raise
     n = models.head.staircase.num_stages
-    metrics = figures(journal.rows, n, settings.seed)
+    metrics = figures(journal.rows, n, settings.seed, ranks)
     record = {"format": FORMAT, **_provenance(began), **about, "num_stages": n, "warmup": options.warmup}
     record |= {
         "machine": machine(),
-        "wall_clock_speedup": None,
-        "clock": CLOCK,
+        "wall_clock_speedup": metrics[-1]["wall_clock_speedup"] if len(metrics) == 1 else None,
+        "clock": clock(ranks),
+        "quality": settings.forced_acceptance is None,
         "metrics": metrics,
         "rows": [row_fields(row, n) for row in journal.rows],
     }
@@ -137,7 +158,9 @@ def run(argv: list[str]) -> int:
     write_whole(options.output, _as_json(record), "--output")
     write_whole(options.output.with_suffix(".md"), table, "--output")
     journal.close(remove=True)
-    return _report(options, metrics, n)
+    if me is not None:
+        finish(models.decoder, options)  # type: ignore[arg-type]
+    return _report(options, metrics, n, ranks)
 
 
 def _check(options: Namespace) -> None:
@@ -148,6 +171,9 @@ def _check(options: Namespace) -> None:
             raise InputError(f"--{name.replace('_', '-')} {value}: expected at least {least}.")
     if len(set(options.temperature)) < len(options.temperature):
         raise InputError(f"--temperature {options.temperature}: expected distinct numbers.")
+    forced = options.forced_acceptance
+    if forced is not None and not 0 <= forced <= 1:
+        raise InputError(f"--forced-acceptance {forced}: expected a number from 0 to 1.")
     if options.raw and options.turns == "all":
         raise InputError("--raw has no turns: leave out --turns all.")
     if options.output.suffix != ".json":
@@ -201,12 +227,14 @@ def _as_json(record: Mapping[str, Any]) -> str:
     return head[: head.rindex("[]")] + "[\n  " + rows + "\n ]\n}\n"
 
 
-def _report(options: Namespace, metrics: Sequence[Mapping[str, Any]], num_stages: int) -> int:
+def _report(options: Namespace, metrics: Sequence[Mapping[str, Any]], num_stages: int, ranks: int) -> int:
     from rich.console import Console
 
     console = Console()
     console.print(_table(metrics, num_stages))
-    for line in _clock_lines(metrics):
+    if options.forced_acceptance is not None:
+        console.print(f"FORCED acceptance {options.forced_acceptance:g}: p, A and S are the coin's; only time is measured.")
+    for line in _clock_lines(metrics, ranks):
         console.print(line, highlight=False)
     written = [options.output, options.output.with_suffix(".md")]
     if find_spec("matplotlib") is None:
@@ -222,6 +250,8 @@ def _report(options: Namespace, metrics: Sequence[Mapping[str, Any]], num_stages
     if wrong:
         print(f"NOT LOSSLESS: {wrong} greedy outputs differ from plain decoding, and no tie excuses it")
         return 1
+    if options.forced_acceptance is not None:
+        return 0
     print("Try next: put the figures on a head's card with spd-lightning export --bench " + str(options.output))
     return 0
 
@@ -250,9 +280,9 @@ def _table(metrics: Sequence[Mapping[str, Any]], num_stages: int) -> Any:
     return table
 
 
-def _clock_lines(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
+def _clock_lines(metrics: Sequence[Mapping[str, Any]], ranks: int) -> list[str]:
     """What does not fit the table: the published measure, and time on the simulated clock."""
-    from spd_lightning.bench.record import CLOCK
+    from spd_lightning.bench.record import clock
 
     lines = []
     for row in metrics:
@@ -264,7 +294,9 @@ def _clock_lines(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
                 f"first token after {first[0]} (autoregressive: {_number(row['plain_tokens_per_second'], 0)} tokens/s, "
                 f"{first[1]})"
             )
-    return [*lines, f"Clock: {CLOCK}."]
+            if row["wall_clock_speedup"] is not None:
+                lines[-1] += f"; wall-clock speedup {row['wall_clock_speedup']:.2f} over one rank's hardware"
+    return [*lines, f"Clock: {clock(ranks)}."]
 
 
 _FIRST_TOKEN = ("seconds_to_first_token", "plain_seconds_to_first_token")

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from spd_lightning.cli import INPUT_ERROR, INTERRUPTED
 from spd_lightning.commands.models import add_model_flags, load_models
 from spd_lightning.commands.parsing import CommandParser
+from spd_lightning.commands.ranks import add_rank_flags, finish, follow, on_ranks
 from spd_lightning.commands.streaming import TextStream, legend
 from spd_lightning.errors import InputError
 from spd_lightning.files import write_whole
@@ -27,6 +28,7 @@ from spd_lightning.files import write_whole
 if TYPE_CHECKING:
     from spd_lightning.decoding.decoder import CycleEvent
     from spd_lightning.decoding.generation import Generation
+    from spd_lightning.decoding.launch import Member
     from spd_lightning.decoding.sampling import Sampling
 
 _ABOUT = """\
@@ -72,6 +74,7 @@ def parser() -> CommandParser:
     output = made.add_argument_group("output")
     output.add_argument("--baseline", action="store_true", help="decode autoregressively too, and compare")
     output.add_argument("--json", type=Path, metavar="FILE", help="write the generation and every cycle to FILE")
+    add_rank_flags(made)
     output.add_argument("--no-color", action="store_true", help="plain text without drafts in flight")
     return made
 
@@ -93,7 +96,25 @@ def run(argv: list[str]) -> int:
     """`spd-lightning generate`."""
     options = parser().parse_args(argv)
     _check(options)
-    session = Session(options)
+    return on_ranks("generate", argv, options, lambda me: _run(options, me))
+
+
+def _run(options: Namespace, me: Member | None) -> int:
+    session = Session(options, me)
+    if me is None:
+        return _talk(session, options)
+    from spd_lightning.decoding.pipeline import PipelineDecoder
+
+    decoder = session.models.decoder
+    assert isinstance(decoder, PipelineDecoder)
+    if not decoder.leads:
+        return follow(decoder)
+    status = _talk(session, options)
+    finish(decoder, options)
+    return status
+
+
+def _talk(session: Session, options: Namespace) -> int:
     if options.prompt is None:
         _legend(options)
         return _converse(session, options)
@@ -161,12 +182,12 @@ def _check(options: Namespace) -> None:
 class Session:
     """Target, head and tokenizer, loaded once; and what was said so far, if it is remembered."""
 
-    def __init__(self, options: Namespace) -> None:
+    def __init__(self, options: Namespace, me: Member | None = None) -> None:
         from spd_lightning.decoding.sampling import Sampling
 
         self.options, self.remembers = options, False
         self.sampling: Sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
-        self.models = load_models(options)
+        self.models = load_models(options, me, whole=options.baseline)
         self.chats = self.models.chats and not options.raw
         if options.system is not None and not self.chats:
             raise InputError("--system needs a chat template: the tokenizer has none, or --raw leaves it out.")
@@ -285,6 +306,7 @@ def statistics(generation: Generation) -> str:
     g = generation
     tokens = f"{len(g.token_ids)} tokens"
     seconds = f"prefill {g.prefill_seconds:.2f} s, decode {g.decode_seconds:.2f} s"
+    clock = _CLOCK if g.ranks == 1 else f"{g.ranks} ranks, stages at the same time"
     if g.num_stages == 1:
         return f"{tokens} | autoregressive: {g.cycles} full passes | {seconds}"
     if g.acceptance is None or g.theoretical_speedup is None:
@@ -292,7 +314,7 @@ def statistics(generation: Generation) -> str:
     return (
         f"{tokens} | acceptance p = {g.acceptance:.3f} ({g.drafts_accepted} of {g.drafts_verified} drafts)"
         f" | S = {g.theoretical_speedup:.2f} (n = {g.num_stages})"
-        f" | {g.cycles} cycles, {g.drafts_verified - g.drafts_accepted} restarts | {seconds} ({_CLOCK})"
+        f" | {g.cycles} cycles, {g.drafts_verified - g.drafts_accepted} restarts | {seconds} ({clock})"
     )
 
 

@@ -13,6 +13,7 @@ from spd_lightning.errors import InputError
 
 if TYPE_CHECKING:
     from spd_lightning.decoding.decoder import SpdDecoder
+    from spd_lightning.decoding.launch import Member
     from spd_lightning.head.module import SpeculationHead
     from spd_lightning.target.target import Target
 
@@ -67,8 +68,11 @@ def add_model_flags(parser: CommandParser, head_required: bool = False) -> None:
     models.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: a GPU where there is one")
 
 
-def load_models(options: Namespace) -> Models:
-    """Tokenizer, target and head of parsed flags.
+def load_models(options: Namespace, me: Member | None = None, whole: bool = True) -> Models:
+    """Tokenizer, target and head of parsed flags; of a rank, what it needs of them.
+
+    Args:
+        whole: whether a rank that leads keeps the whole target, for baselines.
 
     Raises:
         InputError: naming the flag.
@@ -80,6 +84,10 @@ def load_models(options: Namespace) -> Models:
     from spd_lightning.head.loading import load_head
     from spd_lightning.target.loading import Loading, check_target, load_target, load_tokenizer
 
+    if me is not None:
+        from spd_lightning.commands.ranks import load_rank
+
+        return load_rank(options, me, whole)
     disable_progress_bar()
     device = torch_device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     loading = Loading(**{field.name: getattr(options, field.name) for field in fields(Loading)})

@@ -58,6 +58,9 @@ class SpdDecoder:
         InputError: if the head was made for other stages or another target, showing both values.
     """
 
+    #: Processes that run stages at the same time.
+    ranks = 1
+
     def __init__(self, target: Target, head: SpeculationHead | Drafter) -> None:
         if isinstance(head, SpeculationHead):
             check_head_fits(target, head.staircase, head.config.hidden_size, head.config.vocab_size)
@@ -131,6 +134,7 @@ class SpdDecoder:
             restart_positions=list(run.schedule.restart_positions),
             prefill_seconds=prefilled - began,
             decode_seconds=time.perf_counter() - prefilled,
+            ranks=self.ranks,
         )
         run.end(stopped=len(tokens) < max_new_tokens and tokens[-1] not in ends)
         return found

@@ -22,6 +22,7 @@ class Generation:
         restart_positions: absolute positions whose token came from the target, the first generated token first.
         prefill_seconds: prompt through target and head, up to the first token.
         decode_seconds: everything after it.
+        ranks: processes that ran the stages at the same time; 1: one after another, and seconds are a simulated clock.
     """
 
     token_ids: list[int]
@@ -33,6 +34,7 @@ class Generation:
     restart_positions: list[int] = field(default_factory=list)
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
+    ranks: int = 1
 
     @property
     def acceptance(self) -> float | None:

@@ -147,7 +147,8 @@ class Mailbox:
     def __init__(self, link: Link) -> None:
         self._messages: SimpleQueue[list[int] | LinkError] = SimpleQueue()
         self._link = link
-        threading.Thread(target=self._listen, daemon=True, name="verdicts").start()
+        self._thread = threading.Thread(target=self._listen, daemon=True, name="verdicts")
+        self._thread.start()
 
     def _listen(self) -> None:
         try:
@@ -158,6 +159,10 @@ class Mailbox:
                     return
         except LinkError as error:
             self._messages.put(error)
+
+    def close(self) -> None:
+        """Wait for the sender's good-bye."""
+        self._thread.join()
 
     def look(self) -> list[int] | None:
         """The next message if it is here."""

@@ -14,8 +14,6 @@ The last stage's rank verifies; it is the one that hands tokens to its caller fi
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,10 +26,10 @@ from torch import Tensor
 
 from spd_lightning.decoding.decoder import CycleEvent, SpdDecoder
 from spd_lightning.decoding.drafters import Draft, Drafter
-from spd_lightning.decoding.generation import Generation
-from spd_lightning.decoding.links import GOODBYE, Link, Mailbox, Rows
+from spd_lightning.decoding.links import FOREVER, GOODBYE, Link, LinkError, Mailbox, Rows
+from spd_lightning.decoding.sampling import Sampling
 from spd_lightning.decoding.schedule import Cycle, PipelineSchedule
-from spd_lightning.decoding.trace import NoTracer, Span, Tracer, Work
+from spd_lightning.decoding.trace import NoTracer, Span, Tracer, Work, as_rows, from_rows
 from spd_lightning.decoding.verdict import Verdicts
 from spd_lightning.errors import InputError
 from spd_lightning.head.module import SpeculationHead
@@ -97,8 +95,8 @@ class Roles:
 class PipelineDecoder(SpdDecoder):
     """Speculative pipeline decoding over the ranks of a process group.
 
-    Every rank makes one and calls `generate` with the same arguments; all get the tokens, the last stage's rank gets
-    them first. `observer` and `stop` are asked on that rank alone.
+    The rank of the last stage leads: it calls `generate`, as of any decoder. Every other rank calls `follow`, and takes
+    part in whatever the leader decodes until the leader calls `close`.
 
     Args:
         target: with the weights of this rank's stage; others may lie on the meta device (`load_stage`).
@@ -106,7 +104,10 @@ class PipelineDecoder(SpdDecoder):
         ranks: global ranks of the pipeline (see `Roles`); default: all.
         prefill_chunk: positions of a prompt that go through a stage at once; recurrent states and rounding depend on
             it, the law of the tokens does not.
-        traced: keep what every rank does when (`take_spans`).
+        traced: keep what every rank does when (`spans_of_all`).
+        groups: made by all processes of the job together, where this pipeline has only some of them.
+        head_name: what the ranks compare to see that they have the same head, such as its digest.
+        on_state: told what this rank is at, for those who watch it.
 
     Raises:
         InputError: for another number of ranks than stages (or one more), or if the ranks do not agree on versions,
@@ -121,12 +122,15 @@ class PipelineDecoder(SpdDecoder):
         prefill_chunk: int = PREFILL_CHUNK,
         traced: bool = False,
         groups: Groups | None = None,
+        head_name: str = "",
+        on_state: Callable[[str], None] = lambda state: None,
     ) -> None:
         super().__init__(target, head)
         staircase = self.drafter.staircase
         if prefill_chunk < 1:
             raise InputError(f"prefill_chunk={prefill_chunk}: expected at least 1.")
         self.roles = Roles(staircase.num_stages, tuple(range(dist.get_world_size()) if ranks is None else ranks))
+        self.ranks = len(self.roles.ranks)
         self.rank, self.prefill_chunk = dist.get_rank(), prefill_chunk
         self.stage = self.roles.stage_of(self.rank)
         self.tracer: Tracer | NoTracer = Tracer(self.rank) if traced else NoTracer()
@@ -136,7 +140,10 @@ class PipelineDecoder(SpdDecoder):
             [anchor for anchor in staircase.anchors if start < anchor <= stop]
             for start, stop in pairwise(staircase.boundaries)
         ]
-        self._agree()
+        self.tell_state = on_state
+        self.spans: list[Span] = []
+        self.cycles = 0  # of the last generation
+        self._agree(head_name)
         self.links = _Links(self)
 
     @property
@@ -144,33 +151,71 @@ class PipelineDecoder(SpdDecoder):
         return self.rank == self.roles.head
 
     @property
-    def verifies(self) -> bool:
+    def leads(self) -> bool:
+        """Whether this rank verifies, and so has every token first."""
         return self.rank == self.roles.last
-
-    def generate(self, *arguments: Any, **options: Any) -> Generation:
-        """See `SpdDecoder.generate`."""
-        return super().generate(*arguments, **options)
-
-    def take_spans(self) -> list[Span]:
-        """What this rank did since the last time, if it is traced."""
-        return self.tracer.stop()
-
-    def close(self) -> None:
-        """Let the threads that listen go; the ranks meet here."""
-        if self.verifies:
-            for link in self.links.verdicts_out:
-                link.send(torch.tensor([GOODBYE, 0, 0]))
-        dist.barrier(group=self.groups.control)
 
     def _run(
         self, prompt: list[int], max_new_tokens: int, verdicts: Verdicts, ends: frozenset[int], observed: bool
     ) -> _RankRun:
-        self._same_call(prompt, max_new_tokens, verdicts, ends)
+        if self.leads:
+            self._broadcast(_Call(prompt, max_new_tokens, verdicts.sampling, verdicts.forced_acceptance, ends))
+        self.tell_state("cycle -1")
         return _RankRun(self, prompt, max_new_tokens, verdicts, ends, observed)
+
+    @torch.inference_mode()
+    def follow(self, generations: int | None = None) -> None:
+        """Take part in what the leader decodes: so many generations; None: until it closes."""
+        while generations != 0:
+            call = self._broadcast(None)
+            if call is None:
+                break
+            generations = None if generations is None else generations - 1
+            verdicts = Verdicts(self.target, self.drafter.draft_ids, call.sampling, call.forced_acceptance)
+            run = self._run(call.prompt, call.max_new_tokens, verdicts, call.ends, observed=False)
+            token, left = run.prefill(), call.max_new_tokens - 1
+            while left and token not in call.ends:
+                event = run.cycle()
+                if event.cycle is None:
+                    break
+                if event.emitted is not None:
+                    token, left = event.emitted, left - 1
+            run.end(stopped=False)
+            self.tell_state("waits for a prompt")
+        else:
+            return
+        if self.links.mailbox is not None:
+            self.links.mailbox.close()
+        self.spans_of_all()
+
+    def close(self) -> list[Span]:
+        """The leader wants no more: every rank is free. Returns the spans of all ranks in the last generation."""
+        self._broadcast(None)
+        for link in self.links.verdicts_out:
+            link.send(torch.tensor([GOODBYE, 0, 0]))
+        return self.spans_of_all()
+
+    def gather(self, mine: Any) -> list[Any]:
+        """What every rank gives, in the order of ranks; called by all alike, between generations."""
+        everyone: list[Any] = [None] * len(self.roles.ranks)
+        dist.all_gather_object(everyone, mine, group=self.groups.control)
+        return everyone
+
+    def spans_of_all(self) -> list[Span]:
+        """What every rank did when in the last generation, if it is traced; called by all ranks alike."""
+        return [span for rows in self.gather(as_rows(self.spans)) for span in from_rows(rows)]
+
+    def _broadcast(self, call: _Call | None) -> _Call | None:
+        box: list[Any] = [call]
+        try:
+            dist.broadcast_object_list(box, src=self.roles.last, group=self.groups.control)
+        except RuntimeError as error:
+            raise LinkError("the connection to the leading rank broke") from error
+        return box[0]
 
     # -- agreement ---------------------------------------------------------------------------------------------------
 
-    def _agree(self) -> None:
+    def _agree(self, head_name: str) -> None:
         """Compare what must be the same on all ranks, before anything depends on it."""
         import transformers
 
@@ -182,7 +227,7 @@ class PipelineDecoder(SpdDecoder):
             "target's dtype": str(self.target.dtype),
             "split (stage_layers)": list(self.drafter.staircase.stage_layers),
             "head's anchors": list(self.drafter.staircase.anchors),
-            "head": self._head_name(),
+            "head": head_name,
             "prefill_chunk": self.prefill_chunk,
             "ranks of the pipeline": list(self.roles.ranks),
         }
@@ -196,26 +241,16 @@ class PipelineDecoder(SpdDecoder):
                         f"on rank {rank}. Start every rank with the same command, files and packages."
                     )
 
-    def _head_name(self) -> str:
-        head = getattr(self.drafter, "head", None)
-        if head is None:
-            return type(self.drafter).__name__
-        if any(p.is_meta for p in head.parameters()):
-            return "without weights"
-        from spd_lightning.head.digest import weights_digest
 
-        return weights_digest(head)
+@dataclass(frozen=True)
+class _Call:
+    """What the leader tells the others before a generation."""
 
-    def _same_call(
-        self, prompt: list[int], max_new_tokens: int, verdicts: Verdicts, ends: frozenset[int]
-    ) -> None:
-        """One small collective per generation: ranks that decode different things would wait for each other forever."""
-        about = json.dumps([prompt, max_new_tokens, repr(verdicts.sampling), verdicts.forced_acceptance, sorted(ends)])
-        number = int.from_bytes(hashlib.sha256(about.encode()).digest()[:7], "big")
-        found = [torch.zeros(1, dtype=torch.int64) for _ in self.roles.ranks]
-        dist.all_gather(found, torch.tensor([number]), group=self.groups.control)
-        if any(int(other) != number for other in found):
-            raise InputError("The ranks were asked to decode different prompts or settings: call them all alike.")
+    prompt: list[int]
+    max_new_tokens: int
+    sampling: Sampling
+    forced_acceptance: float | None
+    ends: frozenset[int]
 
 
 class Groups:
@@ -233,7 +268,7 @@ class Groups:
         """Groups of all `pipelines`, which share no rank."""
         control, data = None, {}
         for roles in pipelines:
-            group = dist.new_group(list(roles.ranks), backend="gloo")
+            group = dist.new_group(list(roles.ranks), backend="gloo", timeout=FOREVER)
             if dist.get_rank() in roles.ranks:
                 control = group
             if device.type == "cuda":
@@ -385,7 +420,7 @@ class _RankRun:
                 own.append(torch.stack(states, dim=1))
         if self.decoder.drafts:
             self._start_head(pieces, own)
-        if self.decoder.verifies:
+        if self.decoder.leads:
             assert hidden is not None
             first = self._tell(self.verdicts.own(hidden[0, -1], P), False).token
         else:
@@ -423,12 +458,12 @@ class _RankRun:
             self._work(plan, tentative=False)
         self._hand_over(plan.index)
         self.owed, self.taken = list(plan.stages), set()
-        if self.decoder.verifies:
+        if self.decoder.leads:
             self.announced.append(plan.newest + 1)
         drafted = self._draft_of_this_cycle(plan)
         emitted, accepted = None, None
         if plan.leaving is not None:
-            message = self._verify(plan) if self.decoder.verifies else self._go_on_until_told()
+            message = self._verify(plan) if self.decoder.leads else self._go_on_until_told()
             if message.token == STOP:
                 return CycleEvent(None, None, None, None)
             emitted, accepted = message.token, message.accepted
@@ -453,7 +488,7 @@ class _RankRun:
                 hidden = self.target.embed(token)
             else:
                 hidden = self._hidden(plan.index)
-            self.trace.switch(Work.STAGE, plan.index)
+            self._begin(Work.STAGE, plan.index)
             states = hidden.new_empty(len(self.own), self.target.hidden_size)
             hidden = self.target.run_layers(
                 hidden, self.layers, position, self.rotary, self.cache, self.keep, states, useless
@@ -461,13 +496,13 @@ class _RankRun:
             if useless is not None and useless():
                 return
             self._put_out(plan, position, hidden, states)
-            if useless is not None and self.verdict is not None:  # acceptance: nobody need wait for the head
+            if not tentative or self.verdict is not None:  # known to be of use: nobody need wait for the head
                 self._hand_over(plan.index)
         if self.decoder.drafts:
             self._take_anchors(plan.index)
             if useless is not None and useless():
                 return
-            self.trace.switch(Work.HEAD, plan.index)
+            self._begin(Work.HEAD, plan.index)
             self._draft(plan, token)
             if states is not None and position is not None:
                 self._keep(position, self.own, states)
@@ -482,7 +517,7 @@ class _RankRun:
         if self.own and links.anchors_out is not None:
             send_states = links.anchors_out.send
             self.outbox.append(lambda: send_states(states))
-        if self.decoder.verifies:
+        if self.decoder.leads:
             self.last_hidden = hidden
 
     def _draft(self, plan: Cycle, token: int | None) -> None:
@@ -536,13 +571,13 @@ class _RankRun:
         return self._entering(plan.index) if token is None else token
 
     def _entering(self, cycle: int) -> int:
-        self.trace.switch(Work.IDLE, cycle)
+        self._wait(cycle)
         assert self.links.entering is not None
         self.taken.add("entering")
         return int(self.links.entering.receive())
 
     def _hidden(self, cycle: int) -> Tensor:
-        self.trace.switch(Work.IDLE, cycle)
+        self._wait(cycle)
         assert self.links.hidden_in is not None
         self.taken.add("hidden")
         return self.links.hidden_in.receive()[None, None]
@@ -550,7 +585,7 @@ class _RankRun:
     def _take_anchors(self, cycle: int) -> None:
         if "anchors" in self.taken:
             return
-        self.trace.switch(Work.IDLE, cycle)
+        self._wait(cycle)
         self.taken.add("anchors")
         for stage, position in self.owed:
             if stage in self.links.anchors_in:
@@ -568,7 +603,16 @@ class _RankRun:
         if self.decoder.drafts:
             assert self.drafted is not None
             return self.drafted.token
-        return self._draft_at(plan.newest + 1).token if self.observed and self.decoder.verifies else None
+        return self._draft_at(plan.newest + 1).token if self.observed and self.decoder.leads else None
+
+    def _wait(self, cycle: int) -> None:
+        """Until another rank hands something over."""
+        self.trace.switch(Work.IDLE, cycle)
+        self.decoder.tell_state(f"cycle {cycle}, waits")
+
+    def _begin(self, work: Work, cycle: int) -> None:
+        self.trace.switch(work, cycle)
+        self.decoder.tell_state(f"cycle {cycle}, {work}")
 
     def _take_what_is_owed(self, cycle: int) -> None:
         """Messages of a cycle that no work will ask for."""
@@ -588,9 +632,9 @@ class _RankRun:
         """The verdict on the draft behind the position that leaves; everyone is told."""
         assert plan.leaving is not None
         position = plan.leaving + 1
-        self.trace.switch(Work.IDLE, plan.index)
+        self._wait(plan.index)
         draft = self._draft_at(position)
-        self.trace.switch(Work.VERIFY, plan.index)
+        self._begin(Work.VERIFY, plan.index)
         attempt = self.schedule.attempt_of(position)
         token = self.verdicts.of(self.last_hidden[0, 0], draft, position, attempt)
         return self._tell(STOP if self.stopping else token, token == draft.token)
@@ -612,7 +656,7 @@ class _RankRun:
     def _told(self) -> Verdict:
         """Wait for the verdict."""
         assert self.links.mailbox is not None
-        self.trace.switch(Work.IDLE, self.at)
+        self._wait(self.at)
         return Verdict.of(self.links.mailbox.wait())
 
     def _tell(self, token: int, accepted: bool) -> Verdict:
@@ -639,9 +683,9 @@ class _RankRun:
     def end(self, stopped: bool) -> None:
         """Leave no message behind; if the caller `stopped`, the others learn it with the next verdict."""
         self.stopping = stopped
-        if self.decoder.verifies and stopped:
+        if self.decoder.leads and stopped:
             while self.cycle().cycle is not None:
                 pass
         self._take_what_is_owed(self.schedule.cycle)
         self.outbox.clear()
-        self.trace.switch(Work.IDLE, self.schedule.cycle)
+        self.decoder.spans, self.decoder.cycles = self.trace.stop(), self.schedule.cycle

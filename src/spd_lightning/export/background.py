@@ -200,6 +200,8 @@ def metrics_of_bench(path: Path, heads: Sequence[SpeculationHead]) -> list[Metri
         InputError: no such record, or one of another head.
     """
     record = read_json(path)
+    if record.get("quality") is False:
+        raise InputError(f"--bench {path} was made with --forced-acceptance: it says nothing about a head's quality.")
     try:
         if not any(matches(head, record["head"]["digest"]) for head in heads):
             raise InputError(

@@ -73,6 +73,7 @@ class Target(nn.Module):
             raise InputError(f"This model cannot be a target: {reason}.")
         self.model = model.eval().requires_grad_(False)
         self.source, self.loading = source, loading
+        self.home: torch.device | None = None  # where it works, if its embedding is on another rank
         self.stage_layers: tuple[int, ...] | None = None
         decoder = model.get_decoder()
         self._parts: Any = (decoder.embed_tokens, decoder.layers, decoder.norm, model.get_output_embeddings())
@@ -155,6 +156,8 @@ class Target(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where token ids go in and hidden states come out; offloaded weights pass through it."""
+        if self.home is not None:
+            return self.home
         embedding = self._parts[0]
         place = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
         return embedding.weight.device if place is None else torch.device(place)
