@@ -1,7 +1,7 @@
-"""Wall clock of the pipeline on real processes: two stages on two cores against plain decoding on one core and on both.
+"""Wall clock of the pipeline on real processes: two stages on two cores against plain decoding on one and on both.
 
-Random fp32 targets of about 50M, 150M and 400M parameters; forced acceptance, so that speed does not depend on a trained
-head; n = 2, the head (1 layer, 4,096 draft ids) beside stage 0, which gets fewer layers for it. All arms take turns in
+Random fp32 targets of about 50M, 150M and 400M parameters; forced acceptance, so that speed does not depend on a
+trained head; n = 2, the head (1 layer, 4,096 draft ids) beside stage 0, which gets fewer layers for it. All arms take turns in
 ONE run; the table gives medians of ratios within a turn. Also measured: transformers' own generate, the memory bandwidth
 that one core gets alone and that two get together (which bounds everything here), and the cost of a cycle whose stages
 are nearly empty.
@@ -161,7 +161,11 @@ def measure_size(name: str, repeats: int, leads: bool) -> dict[str, Any] | None:
             spans = decoder.spans_of_all()
             if leads and number == repeats:
                 parts = breakdown(spans, found.cycles)
-                tables[str(p)] = {"cycle_ms": parts.cycle_ms, "table": str(parts.table(decoder.roles.names)), "bubble": parts.bubble_share}
+                tables[str(p)] = {
+                    "cycle_ms": parts.cycle_ms,
+                    "bubble_share": parts.bubble_share,
+                    "table": parts.table(decoder.roles.names).splitlines(),
+                }
             dist.barrier()
         if number:
             turns.append(one)
@@ -229,7 +233,7 @@ def measure_hand_over(leads: bool) -> dict[str, Any] | None:
     return {
         "microseconds_per_cycle": statistics.median(found[1:]),
         "microseconds_per_token_of_the_same_work_in_one_process": 1e6 * alone.decode_seconds / 499,
-        "table": str(parts.table(decoder.roles.names)),
+        "table": parts.table(decoder.roles.names).splitlines(),
     }
 
 
@@ -254,7 +258,8 @@ def as_rank(options: argparse.Namespace) -> None:
 
 def markdown(found: dict[str, Any]) -> str:
     lines = [
-        "| target | p | S | work bound | over one core | of the bound | over both cores | over transformers, 1 / 2 cores |",
+        "| target | p | S | work bound | over one core | of the bound | over both cores | "
+        "over transformers, 1 / 2 cores |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, one in found["sizes"].items():

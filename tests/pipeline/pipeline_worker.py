@@ -1,4 +1,4 @@
-"""One rank of a pipeline that decodes many random cases: `python pipeline_worker.py FIRST COUNT`, under torchrun's variables.
+"""One rank of a pipeline that decodes many random cases: `python pipeline_worker.py FIRST COUNT`.
 
 Every rank draws the same cases from their numbers. The rank that verifies decodes each of them in process too, and
 prints what differs, as one JSON object per case.
@@ -23,6 +23,7 @@ from torch import Tensor  # noqa: E402
 
 from spd_lightning.decoding.decoder import CycleEvent, SpdDecoder, autoregressive_generate  # noqa: E402
 from spd_lightning.decoding.drafters import Draft, HeadDrafter  # noqa: E402
+from spd_lightning.decoding.launch import member  # noqa: E402
 from spd_lightning.decoding.pipeline import PipelineDecoder  # noqa: E402
 from spd_lightning.decoding.sampling import Sampling  # noqa: E402
 from spd_lightning.decoding.schedule import Cycle  # noqa: E402
@@ -31,6 +32,7 @@ from spd_lightning.randomness import Purpose, uniform  # noqa: E402
 
 FAMILIES = ("llama", "qwen3", "qwen3_5_text")
 VOCABULARY = 50
+KINDS = ("head", "corrected .5", "corrected .8", "corrected 1", "sampled", "forced", "stopped", "phases")
 
 
 class Corrected:
@@ -100,7 +102,7 @@ def case(number: int, world: int) -> dict[str, Any]:
         "prompt": [draw.randrange(VOCABULARY) for _ in range(draw.choice((1, 2, 7, 19)))],
         "new": draw.choice((1, 2, n, 3 * n + 2, 40)),
         "chunk": draw.choice((3, 256)),
-        "kind": draw.choice(("head", "corrected .5", "corrected .8", "corrected 1", "sampled", "forced", "stopped", "phases")),
+        "kind": draw.choice(KINDS),
         "dtype": torch.float64,
         "head_layers": draw.choice((1, 2)),
         "draft_ids": sorted(draw.sample(range(VOCABULARY), 30)) if draw.random() < 0.5 else None,
@@ -111,9 +113,11 @@ def case(number: int, world: int) -> dict[str, Any]:
 def run(about: dict[str, Any]) -> dict[str, Any] | None:
     target = build(_make_target, about["family"], about["layers"], vocab=VOCABULARY, seed=about["number"])
     target.model.double()
-    head = new_head(
-        target, num_layers=about["head_layers"], draft_token_ids=about["draft_ids"], seed=about["number"]
-    ).double().eval()
+    head = (
+        new_head(target, num_layers=about["head_layers"], draft_token_ids=about["draft_ids"], seed=about["number"])
+        .double()
+        .eval()
+    )
     drafter: Any = head
     kind, n = about["kind"], about["n"]
     new = max(about["new"], 2 * tokens_for_every_phase(n)) if kind == "phases" else about["new"]
@@ -122,8 +126,10 @@ def run(about: dict[str, Any]) -> dict[str, Any] | None:
         plain = autoregressive_generate(target, about["prompt"], new + n + 3, eos_token_id=[])
         right = [*about["prompt"], *plain.token_ids]
         options["eos_token_id"] = [] if kind == "phases" else about["eos"]
-        drafter = WrongInEveryPhase(head, right) if kind == "phases" else Corrected(
-            head, right, float(kind.split()[1]), about["number"]
+        drafter = (
+            WrongInEveryPhase(head, right)
+            if kind == "phases"
+            else Corrected(head, right, float(kind.split()[1]), about["number"])
         )
     elif kind == "sampled":
         options |= {"temperature": 0.9, "top_p": 0.95, "seed": about["number"]}
@@ -159,13 +165,12 @@ def run(about: dict[str, Any]) -> dict[str, Any] | None:
 
 def main() -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
     first, count = map(int, sys.argv[1:3])
-    for number in range(first, first + count):
-        told = run(case(number, dist.get_world_size()))
-        if told is not None:
-            print(json.dumps(told), flush=True)
-    dist.destroy_process_group()
+    with member():
+        for number in range(first, first + count):
+            told = run(case(number, dist.get_world_size()))
+            if told is not None:
+                print(json.dumps(told), flush=True)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,10 @@ def clock(ranks: int) -> str:
 
 
 def figures(rows: Sequence[Row], num_stages: int, seed: int, ranks: int = 1) -> list[dict[str, Any]]:
-    """One entry per prompt set, category and temperature (wall clock only of several `ranks`), sets before their categories; `all` if there are several."""
+    """One entry per prompt set, category and temperature, sets before their categories; `all` if there are several.
+
+    Wall clock is a figure of several `ranks` only.
+    """
     groups: dict[tuple[str, str | None, float], list[Row]] = defaultdict(list)
     several = len({row.prompts for row in rows}) > 1
     for row in rows:
@@ -40,7 +43,8 @@ def figures(rows: Sequence[Row], num_stages: int, seed: int, ranks: int = 1) -> 
             groups["all", None, row.temperature].append(row)
     ordered = sorted(groups.items(), key=lambda item: (item[0][2], item[0][0], item[0][1] or ""))
     return [
-        {"prompts": name, "category": category, "temperature": temperature, **_pooled(members, num_stages, seed, ranks > 1)}
+        {"prompts": name, "category": category, "temperature": temperature}
+        | _pooled(members, num_stages, seed, parallel=ranks > 1)
         for (name, category, temperature), members in ordered
     ]
 
@@ -51,6 +55,7 @@ def _pooled(rows: Sequence[Row], n: int, seed: int, parallel: bool) -> dict[str,
     verified, accepted = sum(row.drafts_verified for row in rows), sum(row.drafts_accepted for row in rows)
     cycles, decode = sum(row.cycles for row in rows), sum(row.decode_seconds for row in rows)
     plain, plain_decode = sum(row.plain_tokens for row in rows), sum(row.plain_decode_seconds for row in rows)
+    after_first = plain - len(rows)
     greedy = [row.lossless for row in rows if row.lossless is not None]
     per_prompt = _by_prompt(rows)
     return {
@@ -67,7 +72,7 @@ def _pooled(rows: Sequence[Row], n: int, seed: int, parallel: bool) -> dict[str,
         "theoretical_speedup": _ratio(n * (new - len(rows)), cycles),
         "theoretical_speedup_interval": bootstrap(per_prompt, lambda s: (n * (s[:, 0] - s[:, 4]), s[:, 1]), seed),
         "equivalent_accept_length": _ratio(n * new, cycles),
-        "wall_clock_speedup": _ratio((new - len(rows)) * plain_decode, decode * (plain - len(rows))) if parallel else None,
+        "wall_clock_speedup": _ratio((new - len(rows)) * plain_decode, decode * after_first) if parallel else None,
         "tokens_per_second": _ratio(new - len(rows), decode),
         "seconds_to_first_token": _ratio(sum(row.prefill_seconds for row in rows), len(rows)),
         "plain_tokens_per_second": _ratio(plain - len(rows), plain_decode),

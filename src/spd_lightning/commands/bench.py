@@ -30,9 +30,9 @@ Decode prompt sets with a head and report, per prompt, category and set: accepta
 the published "equivalent accept length", time to first token, tokens per second, and the autoregressive baseline in the
 same process. Greedy output is compared with the baseline token for token; any difference but a tie is exit status 1.
 
-p, A, S and cycles depend on the seed alone. With --workers N (or torchrun) every stage is a process of its own, and the
-wall-clock speedup over plain decoding on one rank's hardware is measured; without, one process runs the stages one after
-another, and its seconds are a simulated clock."""
+p, A, S and cycles depend on the seed alone. With --workers N (or torchrun) every stage is a process of its own, and
+the wall-clock speedup over plain decoding on one rank's hardware is measured; without, one process runs the stages one
+after another, and its seconds are a simulated clock."""
 
 _EXAMPLES = """\
 examples
@@ -67,7 +67,7 @@ def parser() -> CommandParser:
     clock = made.add_argument_group("time")
     clock.add_argument("--warmup", type=int, default=1, metavar="N", help="generations before any counts (default: 1)")
     clock.add_argument(
-        "--forced-acceptance", type=float, metavar="P", help="time alone: a coin keeps drafts at this rate, texts are noise"
+        "--forced-acceptance", type=float, metavar="P", help="for time alone: a coin keeps drafts at this rate"
     )
     clock.add_argument("--repeats", type=int, default=1, metavar="N", help="medians over N generations (default: 1)")
     add_rank_flags(made)
@@ -233,7 +233,9 @@ def _report(options: Namespace, metrics: Sequence[Mapping[str, Any]], num_stages
     console = Console()
     console.print(_table(metrics, num_stages))
     if options.forced_acceptance is not None:
-        console.print(f"FORCED acceptance {options.forced_acceptance:g}: p, A and S are the coin's; only time is measured.")
+        console.print(
+            f"FORCED acceptance {options.forced_acceptance:g}: p, A and S are a coin's; time alone is measured."
+        )
     for line in _clock_lines(metrics, ranks):
         console.print(line, highlight=False)
     written = [options.output, options.output.with_suffix(".md")]

@@ -114,7 +114,7 @@ def load_rank(options: Namespace, me: Member, whole: bool) -> Models:
     roles = Roles(head.staircase.num_stages, tuple(range(me.world)))
     if options.num_stages is not None and options.num_stages != roles.num_stages:
         raise InputError(f"--num-stages {options.num_stages}: the head has {roles.num_stages} stages.")
-    me.role = roles.name(me.rank)
+    me.play(roles.name(me.rank))
     leads, drafts = me.rank == roles.last, me.rank == roles.head
     layers, digest = head.staircase.stage_layers, weights_digest(head)
     if leads and whole:
@@ -162,7 +162,10 @@ def finish(decoder: PipelineDecoder, options: Namespace) -> None:
     write_whole(options.trace, json.dumps(chrome_trace(spans, decoder.roles.names)), "--trace")
     parts = breakdown(spans, decoder.cycles)
     print(parts.table(decoder.roles.names), describe(parts, decoder.roles.names), sep="\n", file=sys.stderr)
-    print(f"written: {options.trace} (open it in https://ui.perfetto.dev)" + _picture(options, spans, decoder), file=sys.stderr)
+    print(
+        f"written: {options.trace} (open it in https://ui.perfetto.dev)" + _picture(options, spans, decoder),
+        file=sys.stderr,
+    )
 
 
 def describe(parts: Any, names: dict[int, str]) -> str:

@@ -17,8 +17,8 @@ from torch import Tensor
 from spd_lightning.decoding.drafters import Draft, Drafter, HeadDrafter
 from spd_lightning.decoding.generation import Generation
 from spd_lightning.decoding.sampling import Sampling
-from spd_lightning.decoding.verdict import Verdicts
 from spd_lightning.decoding.schedule import Cycle, PipelineSchedule
+from spd_lightning.decoding.verdict import Verdicts
 from spd_lightning.errors import InputError
 from spd_lightning.head.module import SpeculationHead
 from spd_lightning.randomness import Purpose, uniform

@@ -69,6 +69,9 @@ class Member:
             self._store = dist.TCPStore(host, port, self.world, False, limit, wait_for_workers=False)
             self._beats = Beats(self._store, self.world, patience)
             self._beats.beat(self.rank, self.role, self.state)
+            self._over = threading.Event()
+            self._thread = threading.Thread(target=self._live, daemon=True, name="signs of life")
+            self._thread.start()
             self._all_here()
             dist.init_process_group(
                 "gloo", store=dist.PrefixStore("spd", store), rank=self.rank, world_size=self.world,
@@ -79,9 +82,6 @@ class Member:
                 f"rank {self.rank} of {self.world} could not join the others at {host}:{port} within {patience:g} s "
                 f"({first_line(error)}): is the port taken, does every rank run, are WORLD_SIZE and RANK right?"
             ) from error
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._live, daemon=True, name="signs of life")
-        self._thread.start()
 
     def _all_here(self) -> None:
         """Wait until every rank has given a sign; say which did not, instead of a library's timeout."""
@@ -101,7 +101,9 @@ class Member:
                 self._leave("the store of the job is gone: the process that kept it ended")
                 return
             if lost is not None:
-                self._leave(lost if self._store.compare_set("told", "", str(self.rank)) == str(self.rank).encode() else None)
+                self._leave(
+                    lost if self._store.compare_set("told", "", str(self.rank)) == str(self.rank).encode() else None
+                )
 
     def _leave(self, message: str | None) -> None:
         if self._over.is_set():
@@ -110,10 +112,17 @@ class Member:
             print(f"error: {message}", file=sys.stderr, flush=True)
         os._exit(VICTIM)
 
+    def play(self, role: str) -> None:
+        """From now on this rank goes by the name of what it does in the pipeline."""
+        self.role = role
+        self._beats.beat(self.rank, self.role, self.state)
+
     def failed(self, error: BaseException) -> None:
         """Tell the watching process why this rank ends."""
         with contextlib.suppress(RuntimeError):
-            self._store.set(f"failed{self.rank}", first_line(error) if not isinstance(error, InputError) else str(error))
+            self._store.set(
+                f"failed{self.rank}", first_line(error) if not isinstance(error, InputError) else str(error)
+            )
             if _STARTED_HERE in os.environ:
                 os.environ[TOLD] = "1"
 
@@ -185,17 +194,25 @@ class Beats:
             before, since = self._seen.get(rank, (None, now))
             if beat != before or beat == "done":
                 self._seen[rank] = (beat, now)
-            elif now - since > self.patience:
-                return f"{self.name(rank)} gave no sign of life for {self.patience:g} s: it hangs, or its machine is gone"
+            elif beat and now - since > self.patience:  # who never came is told by those who wait for it
+                return (
+                    f"{self.name(rank)} gave no sign of life for {self.patience:g} s: it hangs, or its machine is gone"
+                )
             if beat and beat != "done":
                 states[rank] = json.loads(beat)[2]
         everything = json.dumps(states)
         if everything != self._moved[0] or not any("cycle" in state for state in states.values()):
             self._moved = (everything, now)
         elif now - self._moved[1] > self.patience:
-            stuck = [rank for rank, state in states.items() if "waits" not in state] or list(states)
-            return f"{self.name(stuck[0])} stands still for {self.patience:g} s ({states[stuck[0]]})"
+            rank = min(states, key=lambda rank: ("waits" in states[rank], _cycle(states[rank])))
+            return f"{self.name(rank)} stands still for {self.patience:g} s ({states[rank]})"
         return None
+
+
+def _cycle(state: str) -> int:
+    """The cycle that a rank says it is in; who is behind holds up the others."""
+    words = state.replace(",", " ").split()
+    return int(words[1]) if words[:1] == ["cycle"] else 0
 
 
 # -- the process that starts them --------------------------------------------------------------------------------------

@@ -104,7 +104,9 @@ class Link:
 class Rows:
     """Like a link, for the pieces of a prompt: as many rows as a piece has, received when they are asked for."""
 
-    def __init__(self, source: int, destination: int, width: tuple[int, ...], like: Tensor, group: Any, tag: int) -> None:
+    def __init__(
+        self, source: int, destination: int, width: tuple[int, ...], like: Tensor, group: Any, tag: int
+    ) -> None:
         self.source, self.destination, self.group, self.tag = source, destination, group, tag
         self._width, self._like = width, like
         self._pending: list[tuple[Tensor, Any]] = []

@@ -1,37 +1,46 @@
-"""What every rank of a pipeline does when: spans without gaps, so that the parts of a cycle add up to the cycle.
+"""What every rank of a pipeline spends its time on: contiguous spans, the trace to look at, the sum that adds up.
 
-A rank switches from one kind of work to the next with one reading of the clock. `chrome_trace` is for
-https://ui.perfetto.dev, `breakdown` says where a cycle's time goes.
+A rank does exactly one kind of work at every moment. It says `switch` when that changes, and one reading of the clock
+both ends the old span and begins the new one: spans have no holes and no overlaps, so the parts of a cycle add up to
+the whole by construction. The clock is time.perf_counter, which all processes of one machine share.
+
+Spans are what the host sees. A device that works behind the host's back has to be waited for before a switch, or its
+time falls into whatever waits for it next.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
+from enum import Enum
+from time import perf_counter
 from typing import Any
 
 
-class Work(StrEnum):
-    """Kinds of work; a rank does exactly one at a time."""
+class Work(str, Enum):
+    """What a rank is doing. (enum.StrEnum would say the same, but Python 3.10 has none.)"""
 
-    STAGE = "stage"  # layers of the target
-    HEAD = "head"  # rows and the draft
-    VERIFY = "verify"  # final norm, lm_head and the verdict
-    HAND_OVER = "hand-over"  # giving results to other ranks
+    STAGE = "stage"
+    HEAD = "head"
+    VERIFY = "verify"
+    HAND_OVER = "hand-over"  # packing, sending, receiving what is already there
     IDLE = "idle"  # waiting for another rank
     PREFILL = "prefill"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+#: Kinds of work of a decoding cycle, in the order of tables.
+DECODING = (Work.STAGE, Work.HEAD, Work.VERIFY, Work.HAND_OVER, Work.IDLE)
+PREFILL_CYCLE = -1
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """One stretch of work.
+    """One kind of work of one rank, from `begin` to `end` in seconds of time.perf_counter.
 
-    Attributes:
-        rank: global rank.
-        cycle: of the pipeline; -1 in prefill.
-        begin, end: seconds on the clock that all processes of a machine share.
+    `cycle` is the schedule's, -1 for what comes before the first.
     """
 
     rank: int
@@ -42,118 +51,178 @@ class Span:
 
 
 class Tracer:
-    """Collects the spans of one rank."""
+    """Records the spans of one rank; a switch costs a clock reading and a tuple."""
 
     def __init__(self, rank: int) -> None:
-        self.rank = rank
-        self._changes: list[tuple[Work, int, float]] = []
+        self._rank = rank
+        self._marks: list[tuple[Work, int, float]] = []  # what began, and when; it ends where the next begins
 
     def switch(self, work: Work, cycle: int) -> None:
-        """From now on this rank does `work` for `cycle`."""
-        if not self._changes or self._changes[-1][:2] != (work, cycle):
-            self._changes.append((work, cycle, time.perf_counter()))
+        """End the running span and begin the next; the same work in the same cycle just goes on."""
+        if self._marks:
+            running = self._marks[-1]
+            if running[0] is work and running[1] == cycle:
+                return
+        self._marks.append((work, cycle, perf_counter()))
 
     def stop(self) -> list[Span]:
-        """End the last span; return all of them and forget them."""
-        ends = [when for _, _, when in self._changes[1:]] + [time.perf_counter()]
-        spans = [
-            Span(self.rank, work, cycle, begin, end)
-            for (work, cycle, begin), end in zip(self._changes, ends, strict=False)
-        ]
-        self._changes = []
-        return spans
+        """End the last span; return everything since the last stop and forget it."""
+        now, marks = perf_counter(), self._marks
+        self._marks = []
+        ends = [*(begin for _, _, begin in marks[1:]), now]
+        return [Span(self._rank, *mark, end) for mark, end in zip(marks, ends, strict=False)]
 
 
 class NoTracer:
-    """Keeps nothing."""
+    """Stands where a tracer would and records nothing."""
 
     def switch(self, work: Work, cycle: int) -> None:
-        """Nothing."""
+        pass
 
     def stop(self) -> list[Span]:
-        """Nothing was kept."""
         return []
 
 
 def as_rows(spans: Iterable[Span]) -> list[list[Any]]:
-    """Spans as plain lists, to be sent or stored."""
-    return [[span.rank, str(span.work), span.cycle, span.begin, span.end] for span in spans]
+    """Spans as plain lists [rank, work, cycle, begin, end], to be gathered as JSON."""
+    return [[span.rank, span.work.value, span.cycle, span.begin, span.end] for span in spans]
 
 
 def from_rows(rows: Iterable[Sequence[Any]]) -> list[Span]:
-    """The inverse of `as_rows`."""
-    return [Span(rank, Work(work), cycle, begin, end) for rank, work, cycle, begin, end in rows]
+    """The spans that `as_rows` wrote."""
+    return [Span(int(rank), Work(work), int(cycle), float(begin), float(end)) for rank, work, cycle, begin, end in rows]
 
 
-def chrome_trace(spans: Sequence[Span], roles: Mapping[int, str]) -> dict[str, Any]:
-    """A trace for Perfetto or chrome://tracing, one row per rank; microseconds from the earliest span."""
-    start = min((span.begin for span in spans), default=0.0)
-    events: list[dict[str, Any]] = [
-        {"ph": "M", "name": "thread_name", "pid": 0, "tid": rank, "args": {"name": name}}
-        for rank, name in roles.items()
-    ]
-    events += [
-        {
-            "ph": "X",
-            "name": str(span.work),
-            "cat": str(span.work),
-            "pid": 0,
-            "tid": span.rank,
-            "ts": 1e6 * (span.begin - start),
-            "dur": 1e6 * (span.end - span.begin),
-            "args": {"cycle": span.cycle},
-        }
-        for span in spans
-    ]
+# -- the trace to look at --------------------------------------------------------------------------------------------
+
+#: Names out of the viewer's own palette. Perfetto colours by name of the span instead, which tells them apart as well.
+_CHROME_COLORS = {
+    Work.STAGE: "thread_state_running",
+    Work.HEAD: "rail_response",
+    Work.VERIFY: "rail_load",
+    Work.HAND_OVER: "thread_state_iowait",
+    Work.IDLE: "grey",
+    Work.PREFILL: "thread_state_runnable",
+}
+
+
+def chrome_trace(spans: Iterable[Span], roles: Mapping[int, str]) -> dict[str, Any]:
+    """The spans as a trace for chrome://tracing or ui.perfetto.dev: write it with json.dump.
+
+    Args:
+        spans: of all ranks, in any order.
+        roles: what a rank is, such as {0: "stage 0 + head"}; a rank without a role is called by its number.
+
+    Returns:
+        {"traceEvents": [...]}: one row per rank, microseconds since the earliest span.
+    """
+    spans = sorted(spans, key=lambda span: (span.begin, span.rank))
+    start = spans[0].begin if spans else 0.0
+    ranks = sorted({span.rank for span in spans} | set(roles))
+    events: list[dict[str, Any]] = []
+    for rank in ranks:
+        row = {"ph": "M", "pid": 0, "tid": rank}
+        name = f"rank {rank}: {roles[rank]}" if rank in roles else f"rank {rank}"
+        events.append(row | {"name": "thread_name", "args": {"name": name}})
+        events.append(row | {"name": "thread_sort_index", "args": {"sort_index": rank}})
+    for span in spans:
+        events.append(
+            {
+                "ph": "X",
+                "name": span.work.value,
+                "cat": span.work.value,
+                "cname": _CHROME_COLORS[span.work],
+                "pid": 0,
+                "tid": span.rank,
+                "ts": 1e6 * (span.begin - start),
+                "dur": 1e6 * (span.end - span.begin),
+                "args": {"cycle": span.cycle},
+            }
+        )
     return {"traceEvents": events, "displayTimeUnit": "ms"}
+
+
+# -- the sum that adds up --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Breakdown:
-    """Where the mean cycle's time goes.
+    """Mean milliseconds per cycle.
 
     Attributes:
-        cycle_ms: milliseconds per cycle, from the first to the last moment of decoding.
-        parts: rank -> work -> milliseconds per cycle; the parts of a rank add up to cycle_ms.
-        slowest: the rank that is busy longest, and its milliseconds.
-        head_slack_ms: how much longer the head could take before it sets the pace; None unless it has its own rank.
-        bubble_share: idle share of all ranks' time.
+        cycles: number of cycles that were measured.
+        cycle_ms: how long one took.
+        parts: rank -> work -> milliseconds per cycle. The parts of every rank add up to `cycle_ms`.
     """
 
+    cycles: int
     cycle_ms: float
     parts: dict[int, dict[Work, float]]
-    slowest: tuple[int, float]
-    head_slack_ms: float | None
-    bubble_share: float
 
-    def table(self, roles: Mapping[int, str]) -> str:
-        """Plain text, a row per rank; the last column is the sum of the others."""
-        kinds = [work for work in Work if work is not Work.PREFILL]
-        width = max(map(len, roles.values()), default=4)
-        lines = ["ms per cycle".ljust(width) + "".join(f"{work:>11}" for work in kinds) + "      total"]
+    def busy_ms(self, rank: int) -> float:
+        """Milliseconds per cycle in which a rank did not wait."""
+        return sum(ms for work, ms in self.parts[rank].items() if work is not Work.IDLE)
+
+    @property
+    def slowest(self) -> tuple[int, float]:
+        """(rank, its busy milliseconds per cycle): who sets the pace; the first of equals."""
+        rank = max(self.parts, key=self.busy_ms)
+        return rank, self.busy_ms(rank)
+
+    @property
+    def head_slack_ms(self) -> float | None:
+        """How much longer the head could take before it were the slowest; negative if it is. None if it shares a rank.
+
+        Other waits may bind earlier: a draft takes two hand-overs from the deepest states to the first stage.
+        """
+        heads = [rank for rank, parts in self.parts.items() if parts[Work.HEAD] > 0]
+        stages = [rank for rank, parts in self.parts.items() if parts[Work.STAGE] > 0]
+        if len(heads) != 1 or not stages or heads[0] in stages:
+            return None
+        return max(self.busy_ms(rank) for rank in stages) - self.busy_ms(heads[0])
+
+    @property
+    def bubble_share(self) -> float:
+        """Share of all ranks' time that is idle, 0..1."""
+        whole = self.cycle_ms * len(self.parts)
+        return sum(parts[Work.IDLE] for parts in self.parts.values()) / whole if whole else 0.0
+
+    def table(self, roles: Mapping[int, str] | None = None) -> str:
+        """Markdown: a row per rank, a column per work that occurs, and their total, which is the cycle's time."""
+        works = [work for work in DECODING if any(parts[work] for parts in self.parts.values())]
+        lines = [
+            "| rank | " + " | ".join(f"{work}, ms" for work in works) + " | cycle, ms |",
+            "|---" * (len(works) + 2) + "|",
+        ]
         for rank, parts in sorted(self.parts.items()):
-            values = [parts.get(work, 0.0) for work in kinds]
-            name = roles.get(rank, f"rank {rank}")
-            lines.append(name.ljust(width) + "".join(f"{value:11.3f}" for value in [*values, sum(values)]))
+            name = roles[rank] if roles and rank in roles else f"rank {rank}"
+            cells = [*(parts[work] for work in works), sum(parts[work] for work in works)]
+            lines.append(f"| {name} | " + " | ".join(f"{ms:.3f}" for ms in cells) + " |")
         return "\n".join(lines)
 
 
-def breakdown(spans: Sequence[Span], cycles: int) -> Breakdown:
-    """Mean times per cycle over the spans of decoding (cycle >= 0); time before a rank's first span counts as idle."""
-    decoding = [span for span in spans if span.cycle >= 0]
-    assert decoding and cycles > 0, "nothing was decoded"
+def breakdown(spans: Iterable[Span], cycles: int) -> Breakdown:
+    """Where the time of a cycle went, rank by rank.
+
+    All ranks are judged over the same time: from the earliest begin to the latest end of any rank's decoding. What a
+    rank recorded nothing for, such as the end after its last work, counts as idle.
+
+    Args:
+        spans: of all ranks and of ONE generation; prefill is left out.
+        cycles: how many cycles the generation took (the schedule's count).
+
+    Raises:
+        ValueError: no cycles, or no span of decoding.
+    """
+    decoding = [span for span in spans if span.cycle > PREFILL_CYCLE and span.work is not Work.PREFILL]
+    if cycles < 1 or not decoding:
+        raise ValueError(f"nothing to break down: {cycles} cycles, {len(decoding)} spans of decoding")
     begin, end = min(span.begin for span in decoding), max(span.end for span in decoding)
-    whole = 1e3 * (end - begin) / cycles
-    parts: dict[int, dict[Work, float]] = {}
+    cycle_ms = 1e3 * (end - begin) / cycles
+    parts = {rank: dict.fromkeys(DECODING, 0.0) for rank in sorted({span.rank for span in decoding})}
     for span in decoding:
-        mine = parts.setdefault(span.rank, dict.fromkeys((work for work in Work if work is not Work.PREFILL), 0.0))
-        mine[span.work] += 1e3 * (span.end - span.begin) / cycles
-    for mine in parts.values():
-        mine[Work.IDLE] += whole - sum(mine.values())
-    busy = {rank: whole - mine[Work.IDLE] for rank, mine in parts.items()}
-    slowest = max(busy, key=lambda rank: busy[rank])
-    stages = [rank for rank, mine in parts.items() if mine[Work.STAGE]]
-    alone = [rank for rank, mine in parts.items() if mine[Work.HEAD] and not mine[Work.STAGE]]
-    slack = max(busy[rank] for rank in stages) - busy[alone[0]] if alone and stages else None
-    bubble = sum(mine[Work.IDLE] for mine in parts.values()) / (whole * len(parts))
-    return Breakdown(whole, parts, (slowest, busy[slowest]), slack, bubble)
+        parts[span.rank][span.work] += 1e3 * (span.end - span.begin) / cycles
+    for works in parts.values():
+        # the remainder, so that the sum is the cycle's time: recorded waiting and gaps alike
+        works[Work.IDLE] = max(0.0, cycle_ms - sum(ms for work, ms in works.items() if work is not Work.IDLE))
+    return Breakdown(cycles, cycle_ms, parts)

@@ -64,5 +64,5 @@ def plot_timeline(
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.tick_params(left=False)
-    axes.legend(ncols=len(COLOURS), loc="upper center", bbox_to_anchor=(0.5, -0.32), frameon=False, fontsize=8)
+    figure.legend(ncols=len(COLOURS), loc="outside lower center", frameon=False, fontsize=8)
     return _save(figure, out)

@@ -6,8 +6,10 @@ asks, and afterwards they lie on the meta device.
 
 from __future__ import annotations
 
+import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
@@ -52,7 +54,7 @@ def load_stage(
     verifies = stage == len(stage_layers) - 1
     here = str(torch.device(device or "cpu"))
     places = _places(shapes, own, embeds, verifies, here)
-    with tempfile.TemporaryDirectory() as nothing:
+    with tempfile.TemporaryDirectory() as nothing, _without_remarks():
         target = load_target(
             path_or_id,
             stage_layers=stage_layers,
@@ -63,6 +65,18 @@ def load_stage(
         _forget_placement(target)
     target.loading, target.home = loading, torch.device(device or "cpu")
     return target
+
+
+@contextmanager
+def _without_remarks() -> Iterator[None]:
+    """accelerate tells that weights are not here, which is the purpose."""
+    logger = logging.getLogger("accelerate.big_modeling")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _places(shapes: Target, own: range, embeds: bool, verifies: bool, here: str) -> dict[str, int | str]:
@@ -78,9 +92,8 @@ def _places(shapes: Target, own: range, embeds: bool, verifies: bool, here: str)
     }
     layers = {shapes.layer(index) for index in range(shapes.num_layers)}
     others = [child for child in decoder.children() if child not in wanted and not layers & set(child.modules())]
-    return {names[module]: here if needed else "disk" for module, needed in wanted.items()} | {
-        names[module]: here for module in others
-    }
+    places: dict[str, int | str] = {names[module]: here for module in others}
+    return places | {names[module]: here if needed else "disk" for module, needed in wanted.items()}
 
 
 def _forget_placement(target: Target) -> None:

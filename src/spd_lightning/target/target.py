@@ -316,9 +316,7 @@ class Target(nn.Module):
 
     # -- one token through one stage (decoding) ----------------------------------------------------------------------
 
-    def new_cache(
-        self, capacity: int, stage_layers: Sequence[int] | None = None, tentative: int = 0
-    ) -> RollbackCache:
+    def new_cache(self, capacity: int, stage_layers: Sequence[int] | None = None, tentative: int = 0) -> RollbackCache:
         """An empty cache for one sequence of up to `capacity` tokens.
 
         Args:

@@ -2,33 +2,43 @@
 
 The loss says how close two distributions are; what counts is how many drafts a real pipeline accepts. So acceptance
 and theoretical speedup are measured by decoding, losslessness is checked token by token against plain decoding, and
-the decoder's own output is re-scored by the training view (drift check). The engine runs its stages one after another,
-therefore its seconds are simulated time and are never called a speedup.
+the decoder's own output is re-scored by the training view (drift check).
+
+Where the run has a rank per stage, its ranks ARE the pipeline: each takes one stage of the weights it holds anyway, and
+the wall-clock speedup over plain decoding on one of them is measured. With fewer ranks, or with weights in pieces
+(ZeRO-3), every rank decodes prompts of its own in process; seconds are simulated time then, never called a speedup.
 """
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from math import ceil
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from tqdm import tqdm
 
 from spd_lightning.decoding.checks import Divergence, drift, lossless_divergence
 from spd_lightning.decoding.decoder import SpdDecoder, autoregressive_generate
 from spd_lightning.decoding.generation import Generation
+from spd_lightning.decoding.pipeline import Groups, PipelineDecoder, Roles
+from spd_lightning.decoding.trace import breakdown
 from spd_lightning.errors import BrokenInvariantError, InputError
 from spd_lightning.head.module import SpeculationHead
-from spd_lightning.target.target import Target
+from spd_lightning.target.gathering import in_pieces
+from spd_lightning.target.target import Target, is_placed
 from spd_lightning.training.carousel import whole_weights
 from spd_lightning.training.data import SpdDataModule
 
 #: Counts that ranks add up before any ratio is taken, in this order.
 COUNTS = ("prompts", "new_tokens", "cycles", "verified", "accepted", "mismatches", "ties", "drift", "drift_ties")
+#: Sums over cycles that a pipeline of ranks adds to them.
+CLOCK = ("decode_seconds", "plain_seconds", "cycle_ms", "slowest_ms", "head_slack_ms", "bubbles")
 
 
 class DecodingValidation(L.Callback):
@@ -61,6 +71,9 @@ class DecodingValidation(L.Callback):
         self.between_prompts: Callable[[L.Trainer], None] = lambda trainer: None
         self.reference: dict[tuple[int, ...], Generation] = {}
         self.spent, self.began = 0.0, time.perf_counter()
+        self._groups: Groups | None = None
+        self._decoder: PipelineDecoder | None = None
+        self._told, self._last_seconds = False, 0.0
 
     def schedule(self, trainer: L.Trainer) -> None:
         """Validate at the end of an optimizer step: in the middle of one, no state can be saved."""
@@ -90,34 +103,128 @@ class DecodingValidation(L.Callback):
         assert isinstance(data, SpdDataModule)
         target, head = pl_module.parts()
         began = time.perf_counter()
-        rank, world = trainer.global_rank, trainer.world_size
         prompts = data.prompts(self.prompts)
-        counts = torch.zeros(len(COUNTS), dtype=torch.float64, device=trainer.strategy.root_device)
+        device = trainer.strategy.root_device
+        counts = torch.zeros(len(COUNTS) + len(CLOCK), dtype=torch.float64, device=device)
         bad: list[str] = []
-        rounds = range(0, len(prompts), world)
-        with whole_weights(target, head, trainer) as turn:
-            for start in tqdm(rounds, "real decoding", leave=False, unit="round", disable=rank != 0):
-                with turn():
-                    found, wrong = self.measure(target, head, prompts[start + rank : start + rank + 1], start + rank)
-                counts, bad = counts + found.to(counts.device), bad + wrong
-                self.between_prompts(trainer)
-        totals = dict(zip(COUNTS, trainer.strategy.reduce(counts, reduce_op="sum").tolist(), strict=True))
+        pipelines = self._pipelines(trainer, target, head)
+        _give_back(device)
+        if pipelines:
+            rounds: Iterator[tuple[torch.Tensor, list[str]]] = self._in_parallel(
+                pipelines, target, head, prompts, device
+            )
+        else:
+            rounds = self._in_process(trainer, target, head, prompts)
+        size = len(pipelines) or trainer.world_size
+        shown = tqdm(rounds, "real decoding", ceil(len(prompts) / size), leave=False, disable=trainer.global_rank != 0)
+        for found, wrong in shown:
+            counts[: len(found)] += found.to(device)
+            bad += wrong
+            self.between_prompts(trainer)
+        _give_back(device)
+        totals = dict(zip(COUNTS + CLOCK, trainer.strategy.reduce(counts, reduce_op="sum").tolist(), strict=True))
         self.spent += time.perf_counter() - began
-        self._log(pl_module, totals, head.staircase.num_stages, time.perf_counter() - began)
+        self._log(pl_module, totals, head.staircase.num_stages, time.perf_counter() - began, bool(pipelines))
         if totals["mismatches"] - totals["ties"] or totals["drift"] - totals["drift_ties"]:
             self._fail(trainer, bad)
 
+    def _pipelines(self, trainer: L.Trainer, target: Target, head: SpeculationHead) -> list[Roles]:
+        """The pipelines that the run's ranks can form; none where there are too few of them."""
+        n, world = head.staircase.num_stages, trainer.world_size
+        if world < n or in_pieces(target) or is_placed(target.model):
+            if world > 1 and not self._told:
+                self._told = True
+                why = f"{world} ranks for {n} stages" if world < n else "the target's weights are in pieces"
+                rank_zero_info(f"Validation decodes in process ({why}): wall clock is not measured.")
+            return []
+        count = world // n
+        size = n + 1 if count * (n + 1) <= world else n
+        pipelines = [Roles(n, tuple(range(i * size, (i + 1) * size))) for i in range(count)]
+        if self._groups is None:  # all ranks make the groups of all pipelines, once
+            self._groups = Groups.of(pipelines, trainer.strategy.root_device)
+            mine = next((roles for roles in pipelines if trainer.global_rank in roles.ranks), None)
+            if mine is not None:
+                self._decoder = PipelineDecoder(target, head, mine.ranks, traced=True, groups=self._groups)
+        return pipelines
+
+    def _in_process(
+        self, trainer: L.Trainer, target: Target, head: SpeculationHead, prompts: Sequence[list[int]]
+    ) -> Iterator[tuple[torch.Tensor, list[str]]]:
+        """Every rank decodes prompts of its own, one per round."""
+        rank, world = trainer.global_rank, trainer.world_size
+        with whole_weights(target, head, trainer) as turn:
+            for start in range(0, len(prompts), world):
+                with turn():
+                    found = self.measure(target, head, prompts[start + rank : start + rank + 1], start + rank)
+                yield found
+
+    def _in_parallel(
+        self,
+        pipelines: Sequence[Roles],
+        target: Target,
+        head: SpeculationHead,
+        prompts: Sequence[list[int]],
+        device: torch.device,
+    ) -> Iterator[tuple[torch.Tensor, list[str]]]:
+        """Every pipeline decodes prompts of its own, one per round; its leader counts."""
+        decoder = self._decoder
+        nothing = torch.zeros(len(COUNTS) + len(CLOCK), dtype=torch.float64, device=device)
+        was_training = head.training
+        head.eval()
+        for start in range(0, len(prompts), len(pipelines)):
+            found: tuple[torch.Tensor, list[str]] = nothing, []
+            number = start + (pipelines.index(decoder.roles) if decoder is not None else len(pipelines))
+            if decoder is not None and number < min(len(prompts), start + len(pipelines)):
+                if decoder.leads:
+                    counts, bad = self.measure(target, head, [prompts[number]], number, decoder)
+                    found = torch.cat([counts, self._clock(decoder, prompts[number]).to(counts.device)]), bad
+                else:
+                    decoder.follow(generations=1)
+                    decoder.spans_of_all()
+            yield found
+        head.train(was_training)
+
+    def _clock(self, decoder: PipelineDecoder, prompt: list[int]) -> torch.Tensor:
+        """Sums in the order of CLOCK, of the generation that was decoded last."""
+        spans, cycles = decoder.spans_of_all(), decoder.cycles
+        if not cycles:
+            return torch.zeros(len(CLOCK), dtype=torch.float64)
+        parts = breakdown(spans, cycles)
+        values = (
+            self._last_seconds,
+            self.reference[tuple(prompt)].decode_seconds,
+            parts.cycle_ms * cycles,
+            parts.slowest[1] * cycles,
+            (parts.head_slack_ms or 0.0) * cycles,
+            parts.bubble_share * cycles,
+        )
+        return torch.tensor(values, dtype=torch.float64)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        decoder, self._decoder, self._groups = self._decoder, None, None
+        if decoder is not None and sys.exc_info()[0] is None:
+            if decoder.leads:
+                decoder.close()
+            else:
+                decoder.follow()
+
     def measure(
-        self, target: Target, head: SpeculationHead, prompts: Sequence[list[int]], first: int = 0
+        self,
+        target: Target,
+        head: SpeculationHead,
+        prompts: Sequence[list[int]],
+        first: int = 0,
+        decoder: SpdDecoder | None = None,
     ) -> tuple[torch.Tensor, list[str]]:
         """Counts (in the order of COUNTS) over prompts number `first`, ..., and a line per broken invariant."""
         was_training = head.training
         head.eval()
-        decoder = SpdDecoder(target, head)
+        decoder = decoder or SpdDecoder(target, head)
         counts = torch.zeros(len(COUNTS), dtype=torch.float64, device=target.device)
         bad: list[str] = []
         for number, prompt in enumerate(prompts, first):
             found = decoder.generate(prompt, self.max_new_tokens)
+            self._last_seconds = found.decode_seconds
             divergence = lossless_divergence(target, prompt, found, self._plain(target, prompt))
             drifted = drift(target, head, prompt, found)
             ties = [d for d in drifted if d.tie]
@@ -147,7 +254,9 @@ class DecodingValidation(L.Callback):
             self.reference[key] = autoregressive_generate(target, prompt, self.max_new_tokens)
         return self.reference[key]
 
-    def _log(self, module: L.LightningModule, totals: dict[str, float], num_stages: int, seconds: float) -> None:
+    def _log(
+        self, module: L.LightningModule, totals: dict[str, float], num_stages: int, seconds: float, parallel: bool
+    ) -> None:
         verified, cycles = totals["verified"], totals["cycles"]
         values = {
             "acceptance": totals["accepted"] / verified if verified else 0.0,
@@ -157,9 +266,13 @@ class DecodingValidation(L.Callback):
             "drift": totals["drift"] - totals["drift_ties"],
             "cycles": cycles,
             "decoded_tokens": totals["new_tokens"],
-            "decoding_seconds_simulated": seconds,
+            "decoding_seconds" if parallel else "decoding_seconds_simulated": seconds,
             "decoding_share_of_time": self.spent / max(time.perf_counter() - self.began, 1e-9),
         }
+        if parallel and cycles:  # over plain decoding on one rank's hardware
+            values["wall_clock_speedup"] = totals["plain_seconds"] / totals["decode_seconds"]
+            values |= {name: totals[name] / cycles for name in ("cycle_ms", "slowest_ms", "head_slack_ms")}
+            values["bubble_share"] = totals["bubbles"] / cycles
         # counts are reduced already, so every rank logs the same numbers
         for name, value in values.items():
             module.log(f"val/{name}", value, prog_bar=name in ("acceptance", "theoretical_speedup"), sync_dist=False)
@@ -169,6 +282,12 @@ class DecodingValidation(L.Callback):
         trainer.save_checkpoint(where)
         detail = bad[0] if bad else "on another rank"
         raise BrokenInvariantError(f"{detail}. {max(len(bad), 1)} in all; the state was saved to {where}.")
+
+
+def _give_back(device: torch.device) -> None:
+    """What training keeps for its next step is free for caches of decoding, and the other way round."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _complaints(number: int, divergence: Divergence | None, drifted: Sequence[Divergence]) -> list[str]:
