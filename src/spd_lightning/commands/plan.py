@@ -27,7 +27,7 @@ from spd_lightning.commands.fit import (
     resolve_config_names,
 )
 from spd_lightning.commands.parsing import CommandParser, closest, did_you_mean
-from spd_lightning.errors import InputError
+from spd_lightning.errors import InputError, first_line
 
 if TYPE_CHECKING:
     from spd_lightning.memory.ranks import Job, RankMemory, Strategy
@@ -409,7 +409,10 @@ def _target_config(config: Config) -> Any:
 
         from spd_lightning.target.families import unsupported_reason
 
-        found = AutoConfig.from_pretrained(folder, trust_remote_code=loading.trust_remote_code)
+        try:
+            found = AutoConfig.from_pretrained(folder, trust_remote_code=loading.trust_remote_code)
+        except Exception as error:  # as in check_target
+            raise InputError(f"target={str(name)!r} has no readable config.json: {first_line(error)}") from error
         if reason := unsupported_reason(found):
             raise InputError(f"target={str(name)!r} cannot be a target: {reason}.")
         return found
