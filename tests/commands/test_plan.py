@@ -18,7 +18,8 @@ from recipe_targets import TARGETS, real_config
 from spd_lightning import cli
 from spd_lightning.commands import plan
 from spd_lightning.commands.fit import recipe_files
-from spd_lightning.commands.plan import FIELDS, merged, parse_bytes
+from spd_lightning.commands.merging import FIELDS, merged
+from spd_lightning.commands.plan import parse_bytes
 from spd_lightning.memory.ranks import PARTS, STRATEGIES
 from spd_lightning.target.sizes import active_stage_parameters
 
