@@ -1,4 +1,4 @@
-"""What every measurement here needs: interleaved timing, peak memory in a fresh process, and a record of the result.
+"""What measurements here share: interleaved timing, peak memory in a fresh process, a record, a table in README.md.
 
 A record is benchmarks/records/NAME.json: the command, the commit, the versions, the processor and the numbers. It holds
 no host name and no path, so that records of different machines can lie side by side.
@@ -106,6 +106,15 @@ def write_record(name: str, results: Mapping[str, Any], threads: int) -> Path:
     path = temporary.replace(RECORDS / f"{name}.json")
     console.print(f"wrote {path.relative_to(ROOT)}")
     return path
+
+
+def renew_readme(mark: str, table: str) -> None:
+    """Put a table between README's marks, `<!-- mark ... -->` and `<!-- /mark ... -->`."""
+    readme = ROOT / "README.md"
+    before, opening, rest = readme.read_text().partition(f"<!-- {mark}")
+    comment, _, after = rest.partition("-->\n")
+    closing = after[after.index(f"<!-- /{mark}") :]
+    readme.write_text(f"{before}{opening}{comment}-->\n{table}\n{closing}")
 
 
 def _resident(field: str) -> int:

@@ -21,7 +21,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, console, write_record
+from common import ROOT, console, renew_readme, write_record
 
 TRAINING = ("lightning", "deepspeed", "wandb", "datasets", "omegaconf", "matplotlib")
 CASES = {
@@ -60,16 +60,6 @@ def table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def renew_readme(record: dict[str, Any]) -> None:
-    """Put the table between its marks."""
-    readme = ROOT / "README.md"
-    before, mark, rest = readme.read_text().partition("<!-- deployment")
-    comment, _, after = rest.partition("-->\n")
-    readme.write_text(
-        before + mark + comment + "-->\n" + table(record) + "\n" + after[after.index("<!-- /deployment") :]
-    )
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a run of the tiny recipe, or its head")
@@ -87,7 +77,8 @@ def main() -> int:
             "cases": measure(python, str(head), options.repeats),
             "commands": commands(python, head, Path(folder)),
         }
-    renew_readme(json.loads(write_record("deployment", results, threads=1).read_text()))
+    path = write_record("deployment", results, threads=1)
+    renew_readme("deployment", table(json.loads(path.read_text())))
     return 0
 
 

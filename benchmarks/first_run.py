@@ -16,9 +16,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from common import renew_readme
+
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / "benchmarks" / "records" / "first_run.json"
-BEGIN, END = "<!-- first-run", "<!-- /first-run -->"
 
 
 def table(record: dict[str, Any]) -> str:
@@ -70,12 +71,10 @@ def main() -> int:
     print(text)
     if not args.print:
         RECORD.parent.mkdir(parents=True, exist_ok=True)
-        _replace(RECORD, json.dumps(record, indent=2) + "\n")
-        readme = ROOT / "README.md"
-        before, _, rest = readme.read_text().partition(BEGIN)
-        comment, _, rest = rest.partition("\n")
-        _, _, after = rest.partition(END)
-        _replace(readme, f"{before}{BEGIN}{comment}\n{text}\n{END}{after}")
+        temporary = RECORD.with_name(f".{RECORD.name}")
+        temporary.write_text(json.dumps(record, indent=2) + "\n")
+        temporary.replace(RECORD)
+        renew_readme("first-run", text)
     return 0
 
 
@@ -87,12 +86,6 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(text)
-    temporary.replace(path)
 
 
 if __name__ == "__main__":

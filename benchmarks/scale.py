@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import MIB, ROOT, console, write_record
+from common import MIB, console, renew_readme, write_record
 from rich.table import Table
 
 from spd_lightning.head.zero import open_parts
@@ -195,13 +195,6 @@ def table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def renew_readme(record: dict[str, Any]) -> None:
-    readme = ROOT / "README.md"
-    before, mark, rest = readme.read_text().partition("<!-- scale")
-    comment, _, after = rest.partition("-->\n")
-    readme.write_text(before + mark + comment + "-->\n" + table(record) + "\n" + after[after.index("<!-- /scale") :])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu", action="store_true", help="the GPU's measurement instead of the CPU's")
@@ -214,7 +207,7 @@ def main() -> None:
     console.print(printed)
     path = write_record("scale_gpu" if gpu else "scale", results, threads=1 if gpu else 2)
     if not gpu:
-        renew_readme(json.loads(path.read_text()))
+        renew_readme("scale", table(json.loads(path.read_text())))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ from recipe_targets import TARGETS, real_config
 from spd_lightning import cli
 from spd_lightning.commands import plan
 from spd_lightning.commands.fit import recipe_files
-from spd_lightning.commands.plan import FIELDS, merged, parse_bytes
+from spd_lightning.commands.merging import FIELDS, merged
+from spd_lightning.commands.plan import parse_bytes
 from spd_lightning.memory.ranks import PARTS, STRATEGIES
 from spd_lightning.target.sizes import active_stage_parameters
 
@@ -226,6 +227,17 @@ def test_wrong_input_is_one_line(arguments: list[str], told: str, capsys: pytest
     found = capsys.readouterr()
     assert found.out == "" and found.err.startswith("error: ") and len(found.err.splitlines()) == 1
     assert told in found.err
+
+
+@pytest.mark.parametrize(
+    "content", ['{"model_type": "llama", "hidden_', '{"model_type": "llama", "hidden_size": "wide"}', "{}"]
+)
+def test_a_damaged_config_json_is_one_line(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text(content)
+    assert cli.main(["plan", "--config", "tiny", "--model.target", str(tmp_path)]) == 2
+    found = capsys.readouterr()
+    assert found.out == "" and found.err.startswith("error: ") and len(found.err.splitlines()) == 1
+    assert f"target={str(tmp_path)!r} has no readable config.json" in found.err
 
 
 def test_all_targets_of_recipes_are_planned_from_config_json_alone(folder_of: Callable[[str], str]) -> None:

@@ -240,6 +240,27 @@ def test_stock_deepspeed_and_true_bfloat16_are_refused(
     assert "error: trainer.precision='bf16-true' with DeepSpeed: set it to bf16-mixed" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("ddp_spawn", "trainer.strategy: ddp_spawn, ddp_fork and ddp_notebook start ranks by spawn"),
+        ("ddp_notebook", "ddp_notebook start ranks by fork"),
+        ("ddp_fork_find_unused_parameters_false", "start ranks by fork"),
+        ("deepspeed_stage_9", "trainer.strategy='deepspeed_stage_9'"),
+        ("dpp", "trainer.strategy='dpp'"),
+    ],
+)
+def test_strategies_that_cannot_train_are_refused_with_the_list_of_those_that_can(
+    base_fields: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, says: str
+) -> None:
+    fields = base_fields | {"trainer__strategy": name, "trainer__devices": 2}
+    words = [f"--{name.replace('__', '.')}={value}" for name, value in fields.items()]
+    assert cli.main(["fit", "--config", "tiny", "--run_dir", str(tmp_path / "run"), *words]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: ") and says in line and ": expected auto, ddp, deepspeed, deepspeed_stage_1" in line
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_global_batch_that_ranks_cannot_share_is_refused(
     base_fields: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,14 +1,12 @@
 """The command plan: what each rank will hold in memory, before a run is started.
 
-It reads recipes as fit does, but merges files and fields itself and looks at a few of them only: the parser that knows
-all fields imports Lightning and would refuse GPUs that this machine does not have. What fit refuses is fit's business;
-here only what the plan depends on is checked.
+It reads recipes as fit does, but by `merging` and not by fit's parser. What fit refuses is fit's business; here only
+what the plan depends on is checked.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
@@ -16,18 +14,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from spd_lightning.commands.fit import (
-    SECTIONS,
-    check_arguments,
-    check_files,
-    config_files,
-    read_yaml,
-    resolve_config_names,
-)
-from spd_lightning.commands.parsing import CommandParser, closest, did_you_mean
-from spd_lightning.errors import InputError
+from spd_lightning.commands.fit import SECTIONS, check_arguments, check_files, config_files, resolve_config_names
+from spd_lightning.commands.merging import Config, merged
+from spd_lightning.commands.parsing import CommandParser, did_you_mean
+from spd_lightning.errors import InputError, first_line
 
 if TYPE_CHECKING:
     from spd_lightning.memory.ranks import Job, RankMemory, Strategy
@@ -48,37 +38,6 @@ Recipes, overlays and --SECTION.FIELD VALUE as in fit. 1 GB is 10^9 bytes, 1 GiB
 configured length in the worst moment of a step; docs/memory.md says what that is, and how plans compare with
 measurements. The exit status is 0 also if nothing fits."""
 
-#: The fields that memory depends on, with fit's defaults.
-FIELDS: dict[str, Any] = {
-    "model.target": "tiny",
-    "model.loading.revision": None,
-    "model.loading.dtype": "auto",
-    "model.loading.attention": "auto",
-    "model.loading.device_map": None,
-    "model.loading.quantization": "none",
-    "model.loading.offline": False,
-    "model.loading.trust_remote_code": False,
-    "model.num_stages": None,
-    "model.stage_layers": None,
-    "model.head.kind": "auto",
-    "model.head.num_layers": 2,
-    "model.head.anchors": None,
-    "model.head.draft_vocabulary": None,
-    "model.head.intermediate_size": None,
-    "model.restart_rate": 0.15,
-    "model.loss_chunk": 1024,
-    "model.activation_checkpointing": False,
-    "data.max_length": 512,
-    "data.batch_size": 16,
-    "data.global_batch_size": None,
-    "data.packing": "auto",
-    "trainer.accelerator": "auto",
-    "trainer.devices": "auto",
-    "trainer.num_nodes": 1,
-    "trainer.strategy": "auto",
-    "trainer.precision": None,
-    "trainer.accumulate_grad_batches": 1,
-}
 _PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
 _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 #: Ids of the draft vocabulary that is tried where nothing fits.
@@ -134,7 +93,7 @@ def run(argv: list[str]) -> int:
     return _report(asked, as_json=options.json)
 
 
-# -- reading ---------------------------------------------------------------------------------------------------------
+# -- arguments -------------------------------------------------------------------------------------------------------
 
 
 def _check(options: Namespace) -> None:
@@ -164,112 +123,6 @@ def parse_bytes(text: str, flag: str) -> int:
     return int(float(found[1]) * base ** ("KMGT".index(found[2].upper()) + 1))
 
 
-def merged(arguments: Sequence[str], files: Sequence[Path]) -> dict[str, Any]:
-    """The configuration that files and --SECTION.FIELD words make together, later ones winning."""
-    content: dict[str, Any] = {}
-    for path in files:
-        content = _update(content, read_yaml(path))
-    words = iter(arguments)
-    for word in words:
-        if not word.startswith("--"):
-            if word != "-c":
-                raise InputError(f"unexpected argument {word!r}. Fields are written --SECTION.FIELD VALUE.")
-            next(words, None)
-            continue
-        flag, joined, value = word[2:].partition("=")
-        if not joined:
-            found = next(words, None)
-            if found is None:
-                raise InputError(f"--{flag} needs a value.")
-            value = found
-        if flag == "config" or flag.endswith("+"):  # appended to a list: no list here can be
-            continue
-        content = _update(content, _nested(flag.split("."), _value(value)))
-    _refuse_near_misses(content)
-    return content
-
-
-def _value(text: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
-
-
-def _nested(path: Sequence[str], value: Any) -> dict[str, Any]:
-    return {path[0]: _nested(path[1:], value) if len(path) > 1 else value}
-
-
-def _update(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested dicts merged, `other` winning."""
-    result = dict(one)
-    for key, value in other.items():
-        before = result.get(key)
-        result[key] = _update(before, value) if isinstance(before, dict) and isinstance(value, dict) else value
-    return result
-
-
-def _refuse_near_misses(content: Mapping[str, Any], prefix: str = "") -> None:
-    """A field that is nearly one of those the plan depends on is a misspelt one."""
-    groups = {key.rpartition(".")[0] for key in FIELDS}
-    for key, value in content.items():
-        name = f"{prefix}{key}"
-        if name in FIELDS:
-            continue
-        if isinstance(value, dict) and (name in groups or any(group.startswith(f"{name}.") for group in groups)):
-            _refuse_near_misses(value, f"{name}.")
-        elif prefix:
-            siblings = [field for field in FIELDS if field.rpartition(".")[0] == prefix[:-1]]
-            near = closest(name, siblings)
-            if near is not None and _differ_by_few_letters(name, near):
-                raise InputError(f"unknown field {name}. Did you mean --{near}?")
-
-
-def _differ_by_few_letters(one: str, other: str) -> bool:
-    from difflib import SequenceMatcher
-
-    return SequenceMatcher(None, one.rpartition(".")[2], other.rpartition(".")[2]).ratio() > 0.87
-
-
-@dataclass(frozen=True)
-class Config:
-    """A merged configuration; fields that nobody set have fit's defaults."""
-
-    content: Mapping[str, Any]
-
-    def __getitem__(self, field: str) -> Any:
-        value = self._found(field, FIELDS.get(field))
-        seen = {field}
-        while isinstance(value, str) and (link := re.fullmatch(r"\$\{([\w.:]+)\}", value)):
-            if link[1] in seen:
-                raise InputError(f"{field}: {value} refers to itself.")
-            seen.add(link[1])
-            kind, _, name = link[1].partition(":")
-            value = _value(os.environ.get(name, "null")) if kind == "oc.env" else self._found(link[1], None)
-        return value
-
-    def _found(self, field: str, default: Any) -> Any:
-        value: Any = self.content
-        for key in field.split("."):
-            if not isinstance(value, Mapping) or key not in value:
-                return default
-            value = value[key]
-        return value
-
-    def integer(self, field: str) -> int:
-        """A field that must be at least 1."""
-        value = self[field]
-        if type(value) is not int or value < 1:
-            raise InputError(f"{field}={value!r}: expected an integer of at least 1.")
-        return value
-
-    def choice(self, field: str, known: Sequence[str]) -> str:
-        value = str(self[field])
-        if value not in known:
-            raise InputError(f"{field}={value!r}: expected {', '.join(known)}.{did_you_mean(value, known)}")
-        return value
-
-
 # -- what is planned -------------------------------------------------------------------------------------------------
 
 
@@ -297,7 +150,7 @@ def asked_of(config: Config, options: Namespace, memory: int) -> Asked:
         target_bytes=None if config["model.loading.dtype"] in ("auto", None) else _target_bytes(config),
         quantised_bytes=_quantised(config),
         loss_chunk=config.integer("model.loss_chunk"),
-        checkpointing=_truth(config, "model.activation_checkpointing"),
+        checkpointing=config.truth("model.activation_checkpointing"),
         restart_rate=rate,
         accumulate=_accumulated(config, ranks),
         supervised=options.supervised,
@@ -335,12 +188,6 @@ def _precision(config: Config, cuda: bool) -> str:
     if name not in known:
         raise InputError(f"trainer.precision={precision!r}: expected {', '.join(known)}.{did_you_mean(name, known)}")
     return name
-
-
-def _truth(config: Config, field: str) -> bool:
-    if not isinstance(config[field], bool):
-        raise InputError(f"{field}={config[field]!r}: expected true or false.")
-    return bool(config[field])
 
 
 def _accumulated(config: Config, ranks: int) -> int:
@@ -400,8 +247,8 @@ def _target_config(config: Config) -> Any:
     name = config["model.target"]
     loading = Loading(
         revision=config["model.loading.revision"],
-        offline=_truth(config, "model.loading.offline"),
-        trust_remote_code=_truth(config, "model.loading.trust_remote_code"),
+        offline=config.truth("model.loading.offline"),
+        trust_remote_code=config.truth("model.loading.trust_remote_code"),
     )
     folder = Path(str(name))
     if (folder / "config.json").is_file() and not [*folder.glob("*.safetensors"), *folder.glob("*.bin")]:
@@ -409,7 +256,10 @@ def _target_config(config: Config) -> Any:
 
         from spd_lightning.target.families import unsupported_reason
 
-        found = AutoConfig.from_pretrained(folder, trust_remote_code=loading.trust_remote_code)
+        try:
+            found = AutoConfig.from_pretrained(folder, trust_remote_code=loading.trust_remote_code)
+        except Exception as error:  # as in check_target
+            raise InputError(f"target={str(name)!r} has no readable config.json: {first_line(error)}") from error
         if reason := unsupported_reason(found):
             raise InputError(f"target={str(name)!r} cannot be a target: {reason}.")
         return found

@@ -167,18 +167,10 @@ def new_head(
     return head.to(target.device)
 
 
-def shapes_of_head(
-    target: Target,
-    num_layers: int = 2,
-    anchors: Sequence[int] | None = None,
-    draft_token_ids: Sequence[int] | None = None,
-    seed: int = 0,
-    kind: str = "auto",
-    intermediate_size: int | None = None,
-) -> SpeculationHead:
-    """As `new_head`, without weights, on the meta device; what no weight holds (RoPE, draft ids) is meta, too."""
+def shapes_of_head(target: Target, config: HeadConfig) -> SpeculationHead:
+    """A head without weights, on the meta device; what no weight holds (RoPE, draft ids) is meta, too."""
     with torch.device("meta"):
-        head = SpeculationHead(head_config(target, num_layers, anchors, draft_token_ids, kind, intermediate_size))
+        head = SpeculationHead(config)
     head.origin = target.identity
     return head
 

@@ -28,6 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 from spd_lightning.commands.fit import SECTIONS, set_in
 from spd_lightning.commands.parsing import closest
 from spd_lightning.errors import InputError
+from spd_lightning.training.strategies import check_name as check_strategy_name
 from spd_lightning.training.strategies import register as register_strategies
 
 Classes = tuple[type, type, type, type, type]
@@ -102,6 +103,8 @@ class SpdCLI(LightningCLI):
         super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        assert self.config is not None
+        check_strategy_name(self.config["trainer.strategy"])
         try:
             return super().instantiate_trainer(**kwargs)
         except InputError:

@@ -16,7 +16,7 @@ from spd_lightning.errors import InputError
 from spd_lightning.head.checkpoint import CHECKPOINT_PREFIX
 from spd_lightning.head.config import HeadConfig
 from spd_lightning.head.layout import StaircaseLayout
-from spd_lightning.head.loading import new_head, resolve_head_kind, shapes_of_head
+from spd_lightning.head.loading import head_config, new_head, resolve_head_kind, shapes_of_head
 from spd_lightning.head.module import SpeculationHead
 from spd_lightning.head.vocabulary import read_draft_vocabulary
 from spd_lightning.randomness import Purpose, generator
@@ -188,10 +188,17 @@ class SpdModule(L.LightningModule):
         ids = None
         if options.draft_vocabulary is not None:
             ids = read_draft_vocabulary(options.draft_vocabulary, self.target.vocab_size)
-        make = new_head if reads else shapes_of_head
-        self.head = make(
-            self.target, options.num_layers, staircase.anchors, ids, hp.seed, options.kind, options.intermediate_size
-        )
+        choices: dict[str, Any] = {
+            "num_layers": options.num_layers,
+            "anchors": staircase.anchors,
+            "draft_token_ids": ids,
+            "kind": options.kind,
+            "intermediate_size": options.intermediate_size,
+        }
+        if reads:
+            self.head = new_head(self.target, seed=hp.seed, **choices)
+        else:
+            self.head = shapes_of_head(self.target, head_config(self.target, **choices))
         self.head.checkpoint_layers = hp.activation_checkpointing
         for k in set(range(len(staircase.anchors))) - set(staircase.reachable_blocks):
             self.head.aggregation[k].requires_grad_(False)  # no row passes it

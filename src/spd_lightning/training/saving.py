@@ -35,6 +35,10 @@ _PROGRESS = re.compile(rf"step(\d+)({VALIDATED})?\.ckpt")
 class SavedWhole:
     """A temporary path to write a file or folder to, which gets its own name at the end; together with other ranks.
 
+    `files.write_whole` is enough for a text of one process. Here ranks wait for each other on both sides of the rename,
+    folders cannot be replaced in one go, torch tells of a full disk in errors of its own, and the message has to name
+    the checkpoint that is left.
+
     Args:
         final: the name it is to have.
         mine: whether this process renames.

@@ -43,6 +43,8 @@ ZERO_STRATEGIES = {
     "deepspeed_stage_3": (3, False),
     "deepspeed_stage_3_offload": (3, True),
 }
+#: What a run may be spread by, for messages.
+_NAMES = ", ".join(("auto", "ddp", *ZERO_STRATEGIES))
 
 
 class ZeroStrategy(DeepSpeedStrategy):
@@ -231,8 +233,18 @@ def register() -> None:
         )
 
 
+def check_name(name: Any) -> None:
+    """Refuse a name of no strategy; Lightning would list some of its own. An object that is no name passes.
+
+    Raises:
+        InputError: naming ours.
+    """
+    if isinstance(name, str) and name != "auto" and name not in StrategyRegistry:
+        raise InputError(f"trainer.strategy={name!r}: expected {_NAMES}.")
+
+
 def check(strategy: Any, precision: str, loading: Loading) -> None:
-    """Refuse what DeepSpeed would refuse in the middle of a run, or in riddles.
+    """Refuse what would fail in the middle of a run, or in riddles.
 
     Args:
         strategy, precision: the trainer's.
@@ -245,6 +257,13 @@ def check(strategy: Any, precision: str, loading: Loading) -> None:
         raise InputError(
             "trainer.strategy: expected spd_lightning.training.strategies.ZeroStrategy instead of Lightning's "
             "DeepSpeedStrategy, whose checkpoints would hold the frozen target."
+        )
+    if isinstance(strategy, DDPStrategy) and strategy._start_method != "popen":
+        # spawned ranks cannot be sent a run; what forked ones count and log never gets back to this process
+        how = strategy._start_method
+        raise InputError(
+            f"trainer.strategy: ddp_spawn, ddp_fork and ddp_notebook start ranks by {how}, from which a run does not "
+            f"come back whole: expected {_NAMES}."
         )
     if isinstance(strategy, ZeroStrategy) and precision in ("16-true", "bf16-true"):
         raise InputError(

@@ -22,7 +22,8 @@ class Throughput(L.Callback):
       target, forward and backward of the head's rows; attention scores and what activation checkpointing computes again
       left out); not on a CPU, whose peak nobody publishes;
     - throughput/share_target, share_data, share_validation: of the time; the rest, share_head, is the head's forward,
-      backward and step.
+      backward and step. A state that is saved between two batches counts as data, one that is saved ahead of a
+      validation as validation.
 
     On a GPU the target's share is measured by events and read when it is over, so nothing waits for it.
     """
@@ -45,8 +46,8 @@ class Throughput(L.Callback):
         self.per_token, self.per_verdict = sum(sizes.stages), sizes.verification
         self.lm_head = head.config.draft_vocab_size * head.config.hidden_size
         dtype = torch.bfloat16 if "bf16" in str(trainer.precision) else torch.float32
-        on_gpu = trainer.strategy.root_device.type == "cuda"
-        self.peak = get_available_flops(trainer.strategy.root_device, dtype) if on_gpu else None
+        self.on_gpu = trainer.strategy.root_device.type == "cuda"  # a run on the CPU may have a GPU beside it
+        self.peak = get_available_flops(trainer.strategy.root_device, dtype) if self.on_gpu else None
         self._hooks = [target.register_forward_pre_hook(self._before), target.register_forward_hook(self._after)]
         self._reset()
 
@@ -58,13 +59,13 @@ class Throughput(L.Callback):
         self.on_train_end(trainer, pl_module)
 
     def _before(self, *unused: Any) -> None:
-        if torch.cuda.is_available():
+        if self.on_gpu:
             self._events.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
             self._events[-1][0].record()
         self._target_began = time.perf_counter()
 
     def _after(self, *unused: Any) -> None:
-        if torch.cuda.is_available():
+        if self.on_gpu:
             self._events[-1][1].record()
         else:
             self.target_seconds += time.perf_counter() - self._target_began
