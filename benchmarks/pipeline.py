@@ -1,10 +1,10 @@
 """Wall clock of the pipeline on real processes: two stages on two cores against plain decoding on one and on both.
 
 Random fp32 targets of about 50M, 150M and 400M parameters; forced acceptance, so that speed does not depend on a
-trained head; n = 2, the head (1 layer, 4,096 draft ids) beside stage 0, which gets fewer layers for it. All arms take turns in
-ONE run; the table gives medians of ratios within a turn. Also measured: transformers' own generate, the memory bandwidth
-that one core gets alone and that two get together (which bounds everything here), and the cost of a cycle whose stages
-are nearly empty.
+trained head; n = 2, the head (1 layer, 4,096 draft ids) beside stage 0, which gets fewer layers for it. All arms take
+turns in ONE run; the table gives medians of ratios within a turn. Also measured: transformers' own generate, the memory
+bandwidth that one core gets alone and that two get together (which bounds everything here), and the cost of a cycle
+whose stages are nearly empty.
 
     .venv/bin/python benchmarks/pipeline.py                    writes records/pipeline.json, about 15 minutes
     .venv/bin/python benchmarks/pipeline.py --sizes 50M --repeats 2 --name try

@@ -100,8 +100,8 @@ def load_rank(options: Namespace, me: Member, whole: bool) -> Models:
     cuda = torch.cuda.is_available() and (options.device or "cuda").startswith("cuda")
     if cuda and local >= torch.cuda.device_count():
         raise InputError(
-            f"rank {me.rank} has no GPU of its own ({torch.cuda.device_count()} on this machine): start fewer ranks, or "
-            "set --device cpu."
+            f"rank {me.rank} has no GPU of its own ({torch.cuda.device_count()} on this machine): start fewer "
+            "ranks, or set --device cpu."
         )
     device = torch_device(f"cuda:{local}" if cuda else options.device or "cpu")
     if cuda:

@@ -213,7 +213,7 @@ class PipelineDecoder(SpdDecoder):
             raise LinkError("the connection to the leading rank broke") from error
         return box[0]
 
-    # -- agreement ---------------------------------------------------------------------------------------------------
+    # -- agreement ----------------------------------------------------------------------------------------------------
 
     def _agree(self, head_name: str) -> None:
         """Compare what must be the same on all ranks, before anything depends on it."""
@@ -395,7 +395,7 @@ class _RankRun:
             self.own = decoder.anchors_of[self.stage]
             self.keep = {anchor: row for row, anchor in enumerate(self.own)}
 
-    # -- prefill -----------------------------------------------------------------------------------------------------
+    # -- prefill ------------------------------------------------------------------------------------------------------
 
     def prefill(self) -> int:
         """The prompt, in pieces that follow each other through the stages."""
@@ -448,7 +448,7 @@ class _RankRun:
                 states[self.row_of[anchor]] = whole[:, index].reshape(1, -1, H)
         self.drafter.start(self.tokens, [state for state in states if state is not None], self.capacity)
 
-    # -- one cycle ---------------------------------------------------------------------------------------------------
+    # -- one cycle ----------------------------------------------------------------------------------------------------
 
     def cycle(self) -> CycleEvent:
         """This rank's part of the current cycle, and of the next one as far as it goes without the verdict."""
@@ -559,7 +559,7 @@ class _RankRun:
                 send()
             self.outbox.clear()
 
-    # -- what others hand over at the end of a cycle --------------------------------------------------------------------
+    # -- what others hand over at the end of a cycle ------------------------------------------------------------------
 
     def _entering_token(self, plan: Cycle) -> int | None:
         """The token that enters in this cycle, where it is needed: on the ranks of stage 0 and of the head."""
@@ -616,17 +616,17 @@ class _RankRun:
 
     def _take_what_is_owed(self, cycle: int) -> None:
         """Messages of a cycle that no work will ask for."""
-        if self.links.hidden_in is not None and "hidden" not in self.taken:
-            if any(stage + 1 == self.stage for stage, _ in self.owed):
-                self._hidden(cycle)
-        if self.links.entering is not None and not self.decoder.drafts and "entering" not in self.taken and self.owed:
+        before = any(stage + 1 == self.stage for stage, _ in self.owed)
+        if before and self.links.hidden_in is not None and "hidden" not in self.taken:
+            self._hidden(cycle)
+        elif self.owed and self.stage == 0 and self.links.entering is not None and "entering" not in self.taken:
             self._entering(cycle)
         if self.decoder.drafts:
             self._take_anchors(cycle)
         if self.announced:
             self._draft_at(self.announced[-1])
 
-    # -- verdicts --------------------------------------------------------------------------------------------------------
+    # -- verdicts -----------------------------------------------------------------------------------------------------
 
     def _verify(self, plan: Cycle) -> Verdict:
         """The verdict on the draft behind the position that leaves; everyone is told."""
