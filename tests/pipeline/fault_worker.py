@@ -1,8 +1,8 @@
 """One rank of a small pipeline to which something happens: `python fault_worker.py HEAD_ALONE RANK WHEN WHAT`.
 
-WHEN is the beginning of what a rank says that it is at ("cycle -1" is prefill); WHAT is a signal's name, an error to be
-raised ("memory", "input"), `freeze` (the rank goes on giving signs of life and does nothing), or `other chunk` (it comes
-with other settings than the others).
+WHEN is the beginning of what a rank says that it is at ("cycle -1" is prefill); WHAT is a signal's name, an error to
+be raised ("memory", "input"), `freeze` (the rank goes on giving signs of life and does nothing), or `other chunk` (it
+comes with other settings than the others).
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import torch  # noqa: E402
 from conftest import _make_target  # noqa: E402
 
 from spd_lightning.decoding.launch import member  # noqa: E402
-from spd_lightning.decoding.pipeline import PipelineDecoder, Roles  # noqa: E402
+from spd_lightning.decoding.pipeline import PipelineDecoder  # noqa: E402
+from spd_lightning.decoding.topology import Roles  # noqa: E402
 from spd_lightning.errors import InputError  # noqa: E402
 from spd_lightning.head.loading import new_head  # noqa: E402
 

@@ -63,7 +63,7 @@ def on_ranks(command: str, argv: Sequence[str], options: Namespace, run: Callabl
 
 def _check_workers(options: Namespace) -> None:
     """Find a wrong number of workers before any process is started, where the head can be read so early."""
-    from spd_lightning.decoding.pipeline import Roles
+    from spd_lightning.decoding.topology import Roles
     from spd_lightning.head.folder import CONFIG_FILE
     from spd_lightning.head.loading import find_head
 
@@ -88,7 +88,8 @@ def load_rank(options: Namespace, me: Member, whole: bool) -> Models:
     from transformers.utils.logging import disable_progress_bar
 
     from spd_lightning.commands.models import Models, torch_device
-    from spd_lightning.decoding.pipeline import PipelineDecoder, Roles
+    from spd_lightning.decoding.pipeline import PipelineDecoder
+    from spd_lightning.decoding.topology import Roles
     from spd_lightning.head.digest import weights_digest
     from spd_lightning.head.loading import check_fits, find_head, read_source
     from spd_lightning.target.loading import Loading, load_target, load_tokenizer

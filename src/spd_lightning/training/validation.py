@@ -26,7 +26,8 @@ from tqdm import tqdm
 from spd_lightning.decoding.checks import Divergence, drift, lossless_divergence
 from spd_lightning.decoding.decoder import SpdDecoder, autoregressive_generate
 from spd_lightning.decoding.generation import Generation
-from spd_lightning.decoding.pipeline import Groups, PipelineDecoder, Roles
+from spd_lightning.decoding.pipeline import PipelineDecoder
+from spd_lightning.decoding.topology import Groups, Roles
 from spd_lightning.decoding.trace import breakdown
 from spd_lightning.errors import BrokenInvariantError, InputError
 from spd_lightning.head.module import SpeculationHead
@@ -271,7 +272,8 @@ class DecodingValidation(L.Callback):
         }
         if parallel and cycles:  # over plain decoding on one rank's hardware
             values["wall_clock_speedup"] = totals["plain_seconds"] / totals["decode_seconds"]
-            values |= {name: totals[name] / cycles for name in ("cycle_ms", "slowest_ms", "head_slack_ms")}
+            names = CLOCK[2:5] if self._decoder is not None and self._decoder.ranks > num_stages else CLOCK[2:4]
+            values |= {name: totals[name] / cycles for name in names}
             values["bubble_share"] = totals["bubbles"] / cycles
         # counts are reduced already, so every rank logs the same numbers
         for name, value in values.items():
