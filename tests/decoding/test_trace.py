@@ -112,7 +112,7 @@ def test_who_is_slowest_and_what_the_head_could_still_take():
 def test_the_table_has_a_row_per_rank_and_a_total_that_is_the_cycle():
     lines = breakdown(two_cycles(), cycles=2).table(ROLES).splitlines()
     assert lines[0] == "| rank | stage, ms | head, ms | verify, ms | hand-over, ms | idle, ms | cycle, ms |"
-    assert lines[2] == "| 0: stage 0 | 6000.000 | 0.000 | 0.000 | 500.000 | 3500.000 | 10000.000 |"
+    assert lines[2] == "| stage 0 | 6000.000 | 0.000 | 0.000 | 500.000 | 3500.000 | 10000.000 |"
     assert len(lines) == 5 and all(line.endswith("| 10000.000 |") for line in lines[2:])
 
 
