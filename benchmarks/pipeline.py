@@ -18,7 +18,7 @@ import os
 import statistics
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,8 @@ from spd_lightning.decoding.decoder import autoregressive_generate  # noqa: E402
 from spd_lightning.decoding.drafters import PromptLookupDrafter  # noqa: E402
 from spd_lightning.decoding.launch import launched, member, run_ranks  # noqa: E402
 from spd_lightning.decoding.pipeline import PipelineDecoder  # noqa: E402
-from spd_lightning.decoding.trace import breakdown  # noqa: E402
+from spd_lightning.decoding.simulator import Costs, simulate  # noqa: E402
+from spd_lightning.decoding.trace import Work, breakdown  # noqa: E402
 from spd_lightning.head.loading import new_head  # noqa: E402
 from spd_lightning.staircase import Staircase, default_anchors  # noqa: E402
 from spd_lightning.target.target import Target  # noqa: E402
@@ -58,6 +59,8 @@ EMPTY = Size(1024, 8, 2, 64)
 ACCEPTANCES = (0.7, 0.85, 1.0)
 DRAFT_IDS = 4096
 PROMPT, NEW = 16, 96
+#: Seconds from sending to having it, gloo on one machine: half of a round trip of one message.
+LATENCY = 51e-6
 
 
 def target_of(size: Size) -> Target:
@@ -144,6 +147,7 @@ def measure_size(name: str, repeats: int, leads: bool) -> dict[str, Any] | None:
     whole = 4 * (target.num_layers * numbers(target.layer(0)) + numbers(target.lm_head))
     turns: list[dict[str, Any]] = []
     tables: dict[str, Any] = {}
+    played: dict[str, list[Any]] = {str(p): [] for p in ACCEPTANCES}
     for number in range(repeats + 1):  # the first one warms up
         one: dict[str, Any] = {}
         one["plain, 1 core"] = turn(lambda: plain(target, prompt, 1), leads)
@@ -159,6 +163,8 @@ def measure_size(name: str, repeats: int, leads: bool) -> dict[str, Any] | None:
             else:
                 decoder.follow(generations=1)
             spans = decoder.spans_of_all()
+            if leads and number:
+                played[str(p)].append((found.accepted_flags, found.decode_seconds, breakdown(spans, found.cycles)))
             if leads and number == repeats:
                 parts = breakdown(spans, found.cycles)
                 tables[str(p)] = {
@@ -176,6 +182,7 @@ def measure_size(name: str, repeats: int, leads: bool) -> dict[str, Any] | None:
         "parameters": numbers(target.model), "layers_per_stage": list(layers), "megabytes_per_token": whole / 1e6,
         "megabytes_per_rank": [share / 1e6 for share in shares], "turns": turns, "cycle": tables,
         "results": results(turns, whole / 2 / max(shares)),
+        "simulated": simulated(played, layers[0]),
     }  # fmt: skip
 
 
@@ -208,6 +215,28 @@ def results(turns: list[dict[str, Any]], balance: float) -> list[dict[str, Any]]
             }
         )  # fmt: skip
     return rows
+
+
+def simulated(played: dict[str, list[Any]], layers: int) -> dict[str, Any]:
+    """Predicted over measured seconds: costs from the runs without rejections, verdicts as they fell."""
+    parts = [one[2].parts for one in played["1.0"]]
+
+    def mean(rank: int, *works: Work) -> float:
+        return statistics.median(sum(one[rank][work] for work in works) for one in parts) / 1e3
+
+    costs = Costs(
+        stages=(mean(0, Work.STAGE), mean(1, Work.STAGE)),
+        verification=mean(1, Work.VERIFY),
+        head=mean(0, Work.HEAD),
+        send=max(mean(0, Work.HAND_OVER), mean(1, Work.HAND_OVER)),
+        latency=LATENCY,
+        layers_per_stage=layers,
+    )
+    ratios = {
+        p: statistics.median(simulate(costs, flags, len(flags)).seconds / seconds for flags, seconds, _ in runs)
+        for p, runs in played.items()
+    }
+    return {"costs": asdict(costs), "predicted_over_measured": ratios}
 
 
 def measure_hand_over(leads: bool) -> dict[str, Any] | None:

@@ -46,10 +46,8 @@ class Costs:
         if not self.head_alone:
             busy[0] += self.head
             return max(busy)
-        around = (
-            (self.head + self.stages[0]) / 2 + self.send + self.latency
-        )  # head, stage 0's anchors, head: two cycles
-        return max(*busy, self.head + self.send, around if default_anchors([1] * len(busy))[1] == 1 else 0.0)
+        around = (self.head + self.stages[0]) / 2 + self.send + self.latency  # draft to anchors to draft: two cycles
+        return max(*busy, self.head + self.send, around)
 
 
 @dataclass(frozen=True)
