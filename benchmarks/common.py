@@ -108,9 +108,9 @@ def write_record(name: str, results: Mapping[str, Any], threads: int) -> Path:
     return path
 
 
-def renew_readme(mark: str, table: str) -> None:
-    """Put a table between README's marks, `<!-- mark ... -->` and `<!-- /mark ... -->`."""
-    readme = ROOT / "README.md"
+def renew_readme(mark: str, table: str, page: str = "README.md") -> None:
+    """Put a table between a page's marks, `<!-- mark ... -->` and `<!-- /mark ... -->`."""
+    readme = ROOT / page
     before, opening, rest = readme.read_text().partition(f"<!-- {mark}")
     comment, _, after = rest.partition("-->\n")
     closing = after[after.index(f"<!-- /{mark}") :]

@@ -26,7 +26,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from common import write_record  # noqa: E402
+from common import RECORDS, ROOT, renew_readme, write_record  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
 from spd_lightning.decoding.decoder import autoregressive_generate  # noqa: E402
@@ -36,6 +36,7 @@ from spd_lightning.decoding.pipeline import PipelineDecoder  # noqa: E402
 from spd_lightning.decoding.simulator import Costs, simulate  # noqa: E402
 from spd_lightning.decoding.trace import Work, breakdown  # noqa: E402
 from spd_lightning.head.loading import new_head  # noqa: E402
+from spd_lightning.report.timeline import plot_timeline  # noqa: E402
 from spd_lightning.staircase import Staircase, default_anchors  # noqa: E402
 from spd_lightning.target.target import Target  # noqa: E402
 
@@ -59,6 +60,7 @@ EMPTY = Size(1024, 8, 2, 64)
 ACCEPTANCES = (0.7, 0.85, 1.0)
 DRAFT_IDS = 4096
 PROMPT, NEW = 16, 96
+PICTURED = ("150M", 0.85)
 #: Seconds from sending to having it, gloo on one machine: half of a round trip of one message.
 LATENCY = 51e-6
 
@@ -165,6 +167,8 @@ def measure_size(name: str, repeats: int, leads: bool) -> dict[str, Any] | None:
             spans = decoder.spans_of_all()
             if leads and number:
                 played[str(p)].append((found.accepted_flags, found.decode_seconds, breakdown(spans, found.cycles)))
+            if leads and number == repeats and (name, p) == PICTURED:
+                plot_timeline(spans, decoder.roles.names, ROOT / "docs" / "pictures" / "pipeline_timeline.png")
             if leads and number == repeats:
                 parts = breakdown(spans, found.cycles)
                 tables[str(p)] = {
@@ -301,21 +305,67 @@ def markdown(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def page(found: dict[str, Any]) -> str:
+    """What docs/pipeline.md says of the record."""
+    machine, hand = found["machine"], found["hand_over"]
+    two = ", ".join(f"{rate:.1f}" for rate in found["bandwidth_together"])
+    lines = [
+        f"`{' '.join(found['argv'])}`, {found['date'][:10]}, commit {(found['commit'] or '-')[:7]}, torch "
+        f"{found['versions']['torch']}, {machine['processor']}, {machine['cores']} cores; medians of "
+        f"{len(next(iter(found['sizes'].values()))['turns'])} turns.",
+        "",
+        markdown(found),
+        "",
+        f"One core alone reads {found['bandwidth_one_core']:.1f} GB/s, two at once {two} GB/s.",
+        "",
+        f"A cycle of two nearly empty stages (one small layer each, hidden size {EMPTY.hidden}) takes "
+        f"{hand['microseconds_per_cycle'] / 1e3:.2f} ms, the same work in one process "
+        f"{hand['microseconds_per_token_of_the_same_work_in_one_process'] / 1e3:.2f} ms per token. Where it goes:",
+        "",
+        *hand["table"],
+        "",
+    ]
+    for name, one in found["sizes"].items():
+        ratios = one["simulated"]["predicted_over_measured"]
+        told = ", ".join(f"{ratio:.2f} at p = {float(p):g}" for p, ratio in ratios.items())
+        lines += [
+            f"**{name}**: {one['parameters'] / 1e6:.0f}M parameters, layers {one['layers_per_stage']}, MB read per "
+            f"token and rank {[round(share) for share in one['megabytes_per_rank']]} of "
+            f"{one['megabytes_per_token']:.0f}. Simulated over measured seconds: {told}. A cycle at p = 0.85:",
+            "",
+            *one["cycle"]["0.85"]["table"],
+            "",
+        ]
+    return "\n".join(lines).rstrip()
+
+
+def renew(found: dict[str, Any]) -> None:
+    """The tables of docs/pipeline.md and README.md."""
+    renew_readme("pipeline", page(found), "docs/pipeline.md")
+    renew_readme("pipeline", markdown(found))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=SIZES)
     parser.add_argument("--repeats", type=int, default=6)
     parser.add_argument("--name", default="pipeline", help="of the record")
     parser.add_argument("--raw", default="/tmp/pipeline_raw.json", help=argparse.SUPPRESS)
+    parser.add_argument("--table", action="store_true", help="renew docs/pipeline.md from the record, measure nothing")
     options = parser.parse_args()
+    if options.table:
+        renew(json.loads((RECORDS / f"{options.name}.json").read_text()))
+        return 0
     if launched():
         as_rank(options)
         return 0
     status = run_ranks([sys.executable, *sys.argv, "--raw", options.raw], 2, threads=1)
     if status == 0:
         found = json.loads(Path(options.raw).read_text())
-        print(write_record(options.name, found, threads=1))
+        written = write_record(options.name, found, threads=1)
         print(markdown(found))
+        if options.name == "pipeline":
+            renew(json.loads(written.read_text()))
     return status
 
 

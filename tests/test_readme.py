@@ -6,6 +6,8 @@ import importlib.util
 import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -142,6 +144,26 @@ def test_the_lines_that_hand_a_head_on_work_one_after_another(tmp_path: Path, mo
         assert cli.main(words) == 0, words
     card = (tmp_path / "heads" / "card" / "README.md").read_text()
     assert "files/prompts, 2 x 64 tokens" in card and "Lossless in float32" in card
+
+
+def test_the_lines_on_stages_at_the_same_time_work_one_after_another(tmp_path: Path) -> None:
+    """In processes: ranks are started by the command that is typed."""
+    block = README.split("## Stages at the same time")[1].split("```bash\n")[1].split("```")[0]
+    assert "src/spd_lightning/export" in block
+    block = block.replace("src/spd_lightning/export", f"{ROOT}/src/spd_lightning/export")
+    lines = [shlex.split(line, comments=True)[1:] for line in block.splitlines() if line.startswith("$S ")]
+    assert [words[0] for words in lines] == ["fit", "generate", "bench"]
+    quick = "--trainer.max_steps 2 --decoding.every_steps 2 --data.batch_size 2 --data.validation_samples 4"
+    quick += " --decoding.prompts 2 --decoding.max_new_tokens 6 --final.prompts 0"
+    lines[0] += quick.split()
+    lines[2] += ["--limit", "2", "--max-new-tokens", "16"]
+    for words in lines:
+        done = subprocess.run(
+            [sys.executable, "-m", "spd_lightning", *words], cwd=tmp_path, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, (words, done.stderr[-2000:])
+    assert (tmp_path / "trace.png").is_file()
+    assert json.loads((tmp_path / "bench.json").read_text())["metrics"][-1]["wall_clock_speedup"] > 0
 
 
 def test_every_recipe_that_it_names_exists() -> None:

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.util import find_spec
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 
 from spd_lightning.errors import InputError
-from spd_lightning.target.loading import Loading, load_target, shapes_of_target
+from spd_lightning.target.loading import Loading, load_target, resolve_dtype, shapes_of_target
 from spd_lightning.target.target import Target
 
 
@@ -48,12 +49,19 @@ def load_stage(
             "device_map and quantization place whole targets, and in a pipeline every rank holds its own stage: leave "
             "them out, or decode in one process."
         )
-    shapes = shapes_of_target(path_or_id, loading)
     bounds = (0, *accumulate(stage_layers))
     own = range(0) if stage is None else range(bounds[stage], bounds[stage + 1])
     verifies = stage == len(stage_layers) - 1
     here = str(torch.device(device or "cpu"))
-    places = _places(shapes, own, embeds, verifies, here)
+    if find_spec("accelerate") is None:  # the core of the package does without it: read all, keep what is needed
+        kind = resolve_dtype(dtype or loading.dtype, torch.device(here))
+        target = load_target(path_or_id, stage_layers=stage_layers, dtype=kind, loading=loading)
+        names = dict(target.model.named_modules())
+        for name, place in _places(target, own, embeds, verifies, here).items():
+            names[name].to("meta" if place == "disk" else here)
+        target.home = torch.device(here)
+        return target
+    places = _places(shapes_of_target(path_or_id, loading), own, embeds, verifies, here)
     with tempfile.TemporaryDirectory() as nothing, _without_remarks():
         target = load_target(
             path_or_id,
