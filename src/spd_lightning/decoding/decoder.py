@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -96,7 +97,7 @@ class SpdDecoder:
         prompt, sampling = _checked(self.target, input_ids, max_new_tokens), _sampling(temperature, top_k, top_p, seed)
         ends = self.target.end_of_sequence_ids(eos_token_id)
         began = time.perf_counter()
-        run = _Run(self.target, self.drafter, prompt, max_new_tokens, sampling)
+        run = self._begin(prompt, max_new_tokens, sampling)
         first = run.prefill()
         prefilled = time.perf_counter()
         if observer:
@@ -124,9 +125,27 @@ class SpdDecoder:
             decode_seconds=time.perf_counter() - prefilled,
         )
 
+    def _begin(self, prompt: list[int], max_new_tokens: int, sampling: Sampling) -> Run:
+        """What executes the cycles; another engine gives another one."""
+        return _Run(self.target, self.drafter, prompt, max_new_tokens, sampling)
+
+
+class Run(Protocol):
+    """One generation of an engine; its schedule exists from `prefill` on."""
+
+    schedule: PipelineSchedule
+
+    def prefill(self) -> int:
+        """Prompt through target and head; returns the first token, which is the target's own."""
+
+    def cycle(self) -> CycleEvent:
+        """Execute the next cycle and advance the schedule."""
+
 
 class _Run:
     """The state of one generation: caches, tokens in flight, and how one planned cycle is executed."""
+
+    schedule: PipelineSchedule
 
     def __init__(
         self, target: Target, drafter: Drafter, prompt: list[int], max_new_tokens: int, sampling: Sampling
