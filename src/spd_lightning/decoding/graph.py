@@ -83,16 +83,19 @@ class CycleRunner:
     def __call__(self, positions: Sequence[int], token: int) -> tuple[int, int]:
         """One cycle with the positions at depth 0..n and the entering token; returns `StaticCycle.results`."""
         self._asked.numpy()[:] = [*positions, token]
-        self.cycle.inputs.copy_(self._asked, non_blocking=True)
         if self.graph is None:
-            self.cycle.run()
+            self._cycle(self.cycle.run)
         else:
-            self.graph.replay()
-        self._found.copy_(self.cycle.results, non_blocking=True)
-        if self.graph is not None:
-            torch.cuda.current_stream(self.cycle.device).synchronize()
+            with torch.cuda.device(self.cycle.device):
+                self._cycle(self.graph.replay)
+                torch.cuda.current_stream().synchronize()
         draft, own = self._found.tolist()
         return draft, own
+
+    def _cycle(self, run: Callable[[], None]) -> None:
+        self.cycle.inputs.copy_(self._asked, non_blocking=True)
+        run()
+        self._found.copy_(self.cycle.results, non_blocking=True)
 
 
 def _capture(cycle: StaticCycle) -> torch.cuda.CUDAGraph:

@@ -49,6 +49,7 @@ class StaticPosition:
         self._seen = torch.zeros((), dtype=dtype, device=value.device)
         attending = [kind for kind in dict.fromkeys(kinds) if kind != "linear_attention"]
         self.masks = {kind: self._seen.new_zeros(1, 1, 1, capacity) for kind in attending}
+        self._outside = torch.full_like(value, self.slots)  # a number in `where` would come from the host
         self.read, self.write = torch.zeros_like(value), torch.zeros_like(value)
 
     def refresh(self) -> None:
@@ -63,7 +64,7 @@ class StaticPosition:
         # what is not there reads a true state, which harms nobody, and writes behind the ring
         absent = self.value == spare_position(self.capacity)
         self.read.copy_(self.value % self.slots)
-        self.write.copy_(torch.where(absent, self.slots, (self.value + 1) % self.slots))
+        self.write.copy_(torch.where(absent, self._outside, (self.value + 1) % self.slots))
 
 
 class StaticAttentionLayer(CacheLayerMixin):
