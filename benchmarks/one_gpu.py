@@ -147,9 +147,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--prompt", type=int, default=128, help="tokens")
     parser.add_argument("--new-tokens", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument(
-        "--dry-run", action="store_true", help="a tiny shape on the CPU; writes no record"
-    )
+    parser.add_argument("--dry-run", action="store_true", help="a tiny shape on the CPU; writes no record")
     options = parser.parse_args(arguments)
     device, dtype = "cuda", torch.bfloat16
     if options.dry_run:
