@@ -284,6 +284,25 @@ def test_cycles_differ_in_values_alone(make_target: MakeTarget, family: str, mon
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@torch.inference_mode()
+def test_a_cycle_runs_where_tensors_have_no_values(make_target: MakeTarget, family: str) -> None:
+    """On the meta device whatever asks for a value fails, and so does every tensor that lies on another device."""
+    target = agreeable(make_target, family, SPLITS[3])
+    head = new_head(target, num_layers=2, draft_token_ids=range(40))
+    static = GraphDecoder(target, head)
+    static.generate([1, 2, 3], 5)
+    (runner,) = static.engine.runners.values()
+    cycle = StaticCycle(target.to("meta"), head.to("meta"), 256)
+    for ours, theirs in zip(cycle.cache.static_layers, runner.cycle.cache.static_layers, strict=True):
+        ours.lazy_initialization(*(buffer[:1].to("meta") for buffer in theirs.buffers))
+    cycle.run()
+    assert [buffer.shape for buffer in cycle.buffers] == [buffer.shape for buffer in runner.cycle.buffers]
+    assert {buffer.device.type for buffer in cycle.buffers} == {"meta"}
+    with pytest.raises(RuntimeError):
+        cycle.results.tolist()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_branches_may_run_in_any_order(make_target: MakeTarget, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """None reads what another one writes, bit for bit: nothing is left to the order in which streams run."""
     target = agreeable(make_target, family, SPLITS[4])

@@ -70,6 +70,9 @@ class CycleRunner:
     """A static cycle that is replayed: on CUDA as a graph, elsewhere eagerly.
 
     The cycle must be loaded with a prompt before, because its first prompt allocates the caches.
+
+    Raises:
+        InputError: CUDA could not capture the cycle, with its reason.
     """
 
     def __init__(self, cycle: StaticCycle) -> None:
@@ -78,7 +81,15 @@ class CycleRunner:
         # pinned: the device copies from and to them by itself
         self._asked = torch.zeros(len(cycle.inputs), dtype=torch.int64, pin_memory=on_gpu)
         self._found = torch.zeros(len(cycle.results), dtype=torch.int64, pin_memory=on_gpu)
-        self.graph = _capture(cycle) if on_gpu else None
+        try:
+            self.graph = _capture(cycle) if on_gpu else None
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            raise InputError(
+                f"The cycle could not be captured as a CUDA graph: {reason} Decode with SpdDecoder."
+            ) from error
 
     def __call__(self, positions: Sequence[int], token: int) -> tuple[int, int]:
         """One cycle with the positions at depth 0..n and the entering token; returns `StaticCycle.results`."""

@@ -47,24 +47,26 @@ class StaticPosition:
         self._places = torch.arange(capacity, device=value.device)
         self._hidden = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=value.device)
         self._seen = torch.zeros((), dtype=dtype, device=value.device)
+        self._recurrent = "linear_attention" in kinds
         attending = [kind for kind in dict.fromkeys(kinds) if kind != "linear_attention"]
         self.masks = {kind: self._seen.new_zeros(1, 1, 1, capacity) for kind in attending}
         self._outside = torch.full_like(value, self.slots)  # a number in `where` would come from the host
         self.read, self.write = torch.zeros_like(value), torch.zeros_like(value)
 
     def refresh(self) -> None:
-        """Derive everything anew from `value`."""
-        past = self._places <= self.value
+        """Derive anew from `value` what the layers of this stage need; small kernels, but a stage waits for each."""
         for kind, mask in self.masks.items():
-            seen = past
+            seen = self._places <= self.value
             if kind == "sliding_attention":
                 assert self.window is not None
-                seen = past & (self._places > self.value - self.window)
-            mask[0, 0, 0] = torch.where(seen, self._seen, self._hidden)
+                seen &= self._places > self.value - self.window
+            torch.where(seen, self._seen, self._hidden, out=mask[0, 0, 0])
+        if not self._recurrent:
+            return
         # what is not there reads a true state, which harms nobody, and writes behind the ring
         absent = self.value == spare_position(self.capacity)
-        self.read.copy_(self.value % self.slots)
-        self.write.copy_(torch.where(absent, self._outside, (self.value + 1) % self.slots))
+        torch.remainder(self.value, self.slots, out=self.read)
+        torch.where(absent, self._outside, (self.value + 1) % self.slots, out=self.write)
 
 
 class StaticAttentionLayer(CacheLayerMixin):
