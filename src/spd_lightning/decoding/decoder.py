@@ -105,7 +105,7 @@ class SpdDecoder:
         prompt = checked_prompt(self.target, input_ids, max_new_tokens)
         sampling = _sampling(temperature, top_k, top_p, seed)
         ends = self.target.end_of_sequence_ids(eos_token_id)
-        verdicts = Verdicts(self.target, self.drafter.draft_ids, sampling, forced_acceptance)
+        verdicts = Verdicts(self.drafter.draft_ids, sampling, forced_acceptance)
         began = time.perf_counter()
         run = self._run(prompt, max_new_tokens, verdicts, ends, observer is not None)
         first = run.prefill()
@@ -164,6 +164,8 @@ class Run(Protocol):
 class _Run:
     """The state of one generation: caches, tokens in flight, and how one planned cycle is executed."""
 
+    schedule: PipelineSchedule
+
     def __init__(
         self, target: Target, drafter: Drafter, prompt: list[int], max_new_tokens: int, verdicts: Verdicts
     ) -> None:
@@ -186,7 +188,7 @@ class _Run:
         ids = torch.tensor([self.tokens], device=self.target.device)
         states, last = self.target(ids, self.anchors, cache=self.cache)
         self.drafter.start(self.tokens, states, self.capacity)
-        first = self.verdicts.own(last[0, -1], len(self.tokens))
+        first = self.verdicts.own(self.target.logits(last[0, -1]), len(self.tokens))
         self.schedule = PipelineSchedule(self.drafter.staircase, len(self.tokens))
         self._enter(len(self.tokens), first)
         return first
@@ -225,9 +227,9 @@ class _Run:
 
     def _verdict(self, leaving: int) -> int:
         """The token at leaving + 1: the draft in flight there, or the target's correction."""
-        position = leaving + 1
+        position, logits = leaving + 1, self.target.logits(self.hidden.pop(leaving))[0, 0]
         attempt = self.schedule.attempt_of(position)
-        return self.verdicts.of(self.hidden.pop(leaving)[0, 0], self.drafts[position], position, attempt)
+        return self.verdicts.of(logits, self.drafts[position], position, attempt)
 
     def end(self, stopped: bool) -> None:
         """Nothing outlives a generation here."""
@@ -261,13 +263,13 @@ def autoregressive_generate(
 ) -> Generation:
     """The baseline: one token per full target pass, through the same layers, cache and sampling as `SpdDecoder`."""
     prompt = checked_prompt(target, input_ids, max_new_tokens)
-    verdicts = Verdicts(target, None, _sampling(temperature, top_k, top_p, seed))
+    verdicts = Verdicts(None, _sampling(temperature, top_k, top_p, seed))
     ends = target.end_of_sequence_ids(eos_token_id)
     began = time.perf_counter()
     capacity = len(prompt) + max_new_tokens
     cache, rotary = target.new_cache(capacity), target.rotary_table(capacity)
     _, last = target(torch.tensor([prompt], device=target.device), (), cache=cache)
-    tokens = [verdicts.own(last[0, -1], len(prompt))]
+    tokens = [verdicts.own(target.logits(last[0, -1]), len(prompt))]
     prefilled = time.perf_counter()
     nothing = last.new_empty(0, target.hidden_size)
     if observer:
@@ -277,7 +279,7 @@ def autoregressive_generate(
         hidden = target.run_layers(
             target.embed(tokens[-1]), range(target.num_layers), position, rotary, cache, {}, nothing
         )
-        tokens.append(verdicts.own(hidden[0, 0], position + 1))
+        tokens.append(verdicts.own(target.logits(hidden)[0, 0], position + 1))
         if observer:
             observer(CycleEvent(None, None, tokens[-1], None))
     return Generation(

@@ -117,7 +117,7 @@ class PipelineDecoder(SpdDecoder):
             if call is None:
                 break
             generations = None if generations is None else generations - 1
-            verdicts = Verdicts(self.target, self.drafter.draft_ids, call.sampling, call.forced_acceptance)
+            verdicts = Verdicts(self.drafter.draft_ids, call.sampling, call.forced_acceptance)
             run = self._run(call.prompt, call.max_new_tokens, verdicts, call.ends, observed=False)
             token, left = run.prefill(), call.max_new_tokens - 1
             while left and token not in call.ends:

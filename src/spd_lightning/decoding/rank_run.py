@@ -107,7 +107,7 @@ class RankRun:
             self._start_head(pieces, own)
         if self.decoder.leads:
             assert hidden is not None
-            first = self._tell(self.verdicts.own(hidden[0, -1], P), False).token
+            first = self._tell(self.verdicts.own(self.target.logits(hidden[0, -1]), P), False).token
         else:
             first = self._told().token
         for sent in (links.rows_out, links.anchor_rows_out):
@@ -321,7 +321,7 @@ class RankRun:
         draft = self._draft_at(position)
         self._begin(Work.VERIFY, plan.index)
         attempt = self.schedule.attempt_of(position)
-        token = self.verdicts.of(self.last_hidden[0, 0], draft, position, attempt)
+        token = self.verdicts.of(self.target.logits(self.last_hidden)[0, 0], draft, position, attempt)
         return self._tell(STOP if self.stopping else token, token == draft.token)
 
     def _go_on_until_told(self) -> Verdict:

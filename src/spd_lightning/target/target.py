@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 from transformers.masking_utils import (
     create_causal_mask,
     create_recurrent_attention_mask,
@@ -230,7 +231,7 @@ class Target(nn.Module):
         masks = self._masks(hidden, documents)
         kept = {0: hidden}
         for index in range(self.num_layers):
-            hidden = self._layer(index, hidden, position_ids, rotary, cache, masks[self.layer_kinds[index]])
+            hidden = self.run_layer(index, hidden, position_ids, rotary, cache, masks[self.layer_kinds[index]])
             if index + 1 in anchors:
                 kept[index + 1] = hidden
         place = kept[0].device  # a target over several devices hands everything out in one place
@@ -263,7 +264,7 @@ class Target(nn.Module):
                 **({"layer_idx": first} if kind in _SIZED else {}),
             )
         for index in layers:
-            hidden = self._layer(index, hidden, position_ids, rotary, cache, masks[self.layer_kinds[index]])
+            hidden = self.run_layer(index, hidden, position_ids, rotary, cache, masks[self.layer_kinds[index]])
             if index + 1 in keep:
                 kept[index + 1] = hidden
         return kept, hidden
@@ -340,9 +341,10 @@ class Target(nn.Module):
         probe = torch.empty(1, 1, self.hidden_size, dtype=self.dtype, device=self.device)
         return self._rotary(probe, positions)
 
-    def embed(self, token: int) -> Tensor:
-        """h_0 of one token, [1, 1, H]."""
-        return self.embed_tokens([token])
+    def embed(self, token: int | Tensor) -> Tensor:
+        """h_0 of one token, [1, 1, H]; an id in a tensor [1] on the device never comes to the host."""
+        ids = token.view(1, 1) if isinstance(token, Tensor) else torch.tensor([[token]], device=self.device)
+        return self._parts[0](ids)
 
     @torch.no_grad()
     def run_layers(
@@ -373,20 +375,21 @@ class Target(nn.Module):
         for index in layers:
             if abandoned is not None and abandoned():
                 break
-            hidden = self._layer(index, hidden, positions, here, cache, None)
+            hidden = self.run_layer(index, hidden, positions, here, cache, None)
             if index + 1 in keep:
                 kept[keep[index + 1]] = hidden[0, 0]
         return hidden
 
-    def _layer(
+    def run_layer(
         self,
         index: int,
         hidden: Tensor,
         position_ids: Tensor,
         rotary: Rotary,
-        cache: RollbackCache | None,
+        cache: Cache | None,
         mask: Any,
     ) -> Tensor:
+        """h_{index + 1} [B, S, H] of h_index: the model's own layer, every argument by keyword."""
         output = self.layer(index)(
             hidden_states=hidden,
             attention_mask=mask,
