@@ -78,7 +78,7 @@ def test_the_chrome_trace_names_ranks_and_counts_microseconds_from_the_earliest_
     found = json.loads(json.dumps(chrome_trace(reversed(two_cycles()), ROLES)))
     assert found["displayTimeUnit"] == "ms"
     names = {e["tid"]: e["args"]["name"] for e in found["traceEvents"] if e["name"] == "thread_name"}
-    assert names == {0: "rank 0: stage 0", 1: "rank 1: stage 1", 2: "rank 2: head"}
+    assert names == ROLES
     events = [e for e in found["traceEvents"] if e["ph"] == "X"]
     assert len(events) == len(two_cycles()) and {e["pid"] for e in events} == {0}
     verify = next(e for e in events if e["name"] == "verify")

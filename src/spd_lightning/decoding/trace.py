@@ -122,7 +122,7 @@ def chrome_trace(spans: Iterable[Span], roles: Mapping[int, str]) -> dict[str, A
     events: list[dict[str, Any]] = []
     for rank in ranks:
         row = {"ph": "M", "pid": 0, "tid": rank}
-        name = f"rank {rank}: {roles[rank]}" if rank in roles else f"rank {rank}"
+        name = roles.get(rank, f"rank {rank}")
         events.append(row | {"name": "thread_name", "args": {"name": name}})
         events.append(row | {"name": "thread_sort_index", "args": {"sort_index": rank}})
     for span in spans:
