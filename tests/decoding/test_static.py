@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from itertools import product
 from typing import Any
 
 import pytest
@@ -82,6 +83,18 @@ def test_every_draft_and_token_is_that_of_spd_decoder_greedy_and_sampled(
                 accepted += found.drafts_accepted
                 rejected += found.drafts_verified - found.drafts_accepted
     assert accepted > 10 and rejected > 10
+
+
+DENSE = ("qwen2", "mistral", "olmo2", "olmo3", "smollm3")
+
+
+# Gemma 2 caps attention scores, for which transformers has the eager kernel alone
+@pytest.mark.parametrize(("family", "kernel"), [*product(DENSE, ("sdpa", "eager")), ("gemma2", "eager")])
+def test_the_other_dense_families_and_both_kernels(make_target: MakeTarget, family: str, kernel: str) -> None:
+    target = lively(make_target, family, SPLITS[3])
+    target.model.set_attn_implementation(kernel)
+    head = new_head(target, num_layers=1)
+    check_same(GraphDecoder(target, head), SpdDecoder(target, head), random_prompt(7, random.Random(7)), 15)
 
 
 @pytest.mark.parametrize("split", [(2, 0, 3), (0, 2, 3), (2, 3, 0), (1,) * 6], ids=str)
