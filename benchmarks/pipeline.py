@@ -17,6 +17,7 @@ import json
 import os
 import statistics
 import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -350,7 +351,7 @@ def main() -> int:
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=SIZES)
     parser.add_argument("--repeats", type=int, default=6)
     parser.add_argument("--name", default="pipeline", help="of the record")
-    parser.add_argument("--raw", default="/tmp/pipeline_raw.json", help=argparse.SUPPRESS)
+    parser.add_argument("--raw", help=argparse.SUPPRESS)
     parser.add_argument("--table", action="store_true", help="renew docs/pipeline.md from the record, measure nothing")
     options = parser.parse_args()
     if options.table:
@@ -359,14 +360,17 @@ def main() -> int:
     if launched():
         as_rank(options)
         return 0
-    status = run_ranks([sys.executable, *sys.argv, "--raw", options.raw], 2, threads=1)
-    if status == 0:
-        found = json.loads(Path(options.raw).read_text())
-        written = write_record(options.name, found, threads=1)
-        print(markdown(found))
-        if options.name == "pipeline":
-            renew(json.loads(written.read_text()))
-    return status
+    with tempfile.TemporaryDirectory() as folder:
+        raw = Path(folder) / "found.json"
+        status = run_ranks([sys.executable, *sys.argv, "--raw", str(raw)], 2, threads=1)
+        if status:
+            return status
+        found = json.loads(raw.read_text())
+    written = write_record(options.name, found, threads=1)
+    print(markdown(found))
+    if options.name == "pipeline":
+        renew(json.loads(written.read_text()))
+    return 0
 
 
 if __name__ == "__main__":

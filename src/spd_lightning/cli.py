@@ -67,8 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         if os.environ.get("SPD_DEBUG", "0") not in ("", "0"):
             traceback.print_exc()
-        if "SPD_TOLD" not in os.environ:  # else the process that started this one says it, once for all ranks
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return INPUT_ERROR
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)

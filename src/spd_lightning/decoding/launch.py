@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any
@@ -27,8 +28,6 @@ PATIENCE = 60.0
 #: Exit status of a rank that ends because another one is gone.
 VICTIM = 75
 _STARTED_HERE = "SPD_WORKER"
-#: Set once the watching process knows why this one ends: it says so, and nobody else.
-TOLD = "SPD_TOLD"
 
 
 def launched() -> bool:
@@ -123,8 +122,6 @@ class Member:
             self._store.set(
                 f"failed{self.rank}", first_line(error) if not isinstance(error, InputError) else str(error)
             )
-            if _STARTED_HERE in os.environ:
-                os.environ[TOLD] = "1"
 
     def close(self) -> None:
         """Leave the job in order."""
@@ -144,17 +141,32 @@ def member(patience: float = PATIENCE) -> Iterator[Member]:
     made = Member(patience)
     try:
         yield made
-    except BaseException as error:
-        from spd_lightning.decoding.links import LinkError
-
-        if isinstance(error, LinkError):  # someone else is the cause; who watches will say who
-            if _STARTED_HERE not in os.environ:
-                print(f"error: {made.role} ends: {first_line(error)}", file=sys.stderr, flush=True)
-            sys.stdout.flush()
-            os._exit(VICTIM)
-        made.failed(error)
-        raise
+    except (Exception, KeyboardInterrupt) as error:
+        # not by unwinding: threads that wait for messages would abort the interpreter, and its status with it
+        os._exit(_last_words(made, error))
     made.close()
+
+
+def _last_words(made: Member, error: BaseException) -> int:
+    """Tell who watches, or under torchrun whoever reads, why this rank ends; its exit status."""
+    from spd_lightning.decoding.links import LinkError
+
+    here = _STARTED_HERE in os.environ
+    status = VICTIM if isinstance(error, LinkError) else 2 if isinstance(error, InputError) else 1
+    if isinstance(error, KeyboardInterrupt):
+        status = 130
+    elif isinstance(error, LinkError):  # someone else is the cause; who watches will say who
+        if not here:
+            print(f"error: {made.role} ends: {first_line(error)}", file=sys.stderr)
+    else:
+        made.failed(error)
+        if status == 1 or os.environ.get("SPD_DEBUG", "0") not in ("", "0"):
+            traceback.print_exception(error)
+        elif not here:
+            print(f"error: {' '.join(str(error).split())} ({made.role})", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return status
 
 
 class Beats:
