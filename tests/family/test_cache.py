@@ -81,13 +81,6 @@ def test_a_window_refuses_to_go_back_further_than_agreed() -> None:
         layer.truncate(layer.first + window - 2)
 
 
-def test_a_window_refuses_several_tokens_after_the_prompt() -> None:
-    layer = SlidingAttentionLayer(100, 4, 2)
-    layer.update(numbered(1, 2), numbered(1, 2))
-    with pytest.raises(AssertionError, match="a prompt comes first"):
-        layer.update(numbered(3, 4), numbered(3, 4))
-
-
 # -- a recurrent layer -----------------------------------------------------------------------------------------
 
 
@@ -180,10 +173,3 @@ def test_a_ring_refuses_to_go_back_further_than_agreed_and_never_into_the_prompt
     plain.truncate(13 - rollback)
     step(layer, plain, 99)
     assert torch.equal(layer.recurrent_state, plain.state)  # type: ignore[arg-type]
-
-
-def test_a_ring_refuses_a_second_prompt() -> None:
-    layer = RecurrentLayer(2)
-    absorb(layer, [1, 2])
-    with pytest.raises(AssertionError, match="are a prompt"):
-        layer.update_conv_state(torch.zeros(1, 2, 3), conv_kernel_size=KERNEL)

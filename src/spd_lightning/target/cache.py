@@ -114,7 +114,8 @@ class SlidingAttentionLayer(FullAttentionLayer):
         self.length += key_states.shape[-2]
         kept = min(keys.shape[2], self.needed, self.capacity)
         self.first = self.length - kept
-        self._store(0, keys[:, :, -kept:], values[:, :, -kept:])
+        oldest = keys.shape[2] - kept
+        self._store(0, keys[:, :, oldest:], values[:, :, oldest:])
         seen = max(0, place + 1 - self.window)
         return keys[:, :, seen:], values[:, :, seen:]
 
