@@ -88,23 +88,24 @@ def peak_above_start(run: Callable[[], object]) -> float:
     return (_resident("VmHWM") - start) / MIB
 
 
-def write_record(name: str, results: Mapping[str, Any], threads: int) -> Path:
+def write_record(name: str, results: Mapping[str, Any], threads: int, folder: Path = RECORDS) -> Path:
     """Write benchmarks/records/NAME.json, under a temporary name first."""
+    changed = _git("status", "--porcelain", "--", "src", "benchmarks/*.py")
     record = {
         "argv": [f"benchmarks/{Path(sys.argv[0]).name}", *without_paths(sys.argv[1:])],
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--", "src", "benchmarks/*.py")),
+        "dirty": None if changed is None else bool(changed),
         "versions": {"python": platform.python_version()} | {x: version(x) for x in ("torch", "transformers")},
         "machine": {"processor": _processor(), "cores": os.cpu_count(), "threads_used": threads},
         "load_average": [round(load, 1) for load in os.getloadavg()],  # above threads_used: others were at work
         **results,
     }
-    RECORDS.mkdir(parents=True, exist_ok=True)
-    temporary = RECORDS / f".{name}.{os.getpid()}"
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".{name}.{os.getpid()}"
     temporary.write_text(json.dumps(record, indent=1) + "\n")
-    path = temporary.replace(RECORDS / f"{name}.json")
-    console.print(f"wrote {path.relative_to(ROOT)}")
+    path = temporary.replace(folder / f"{name}.json")
+    console.print(f"wrote {path.relative_to(ROOT) if path.is_relative_to(ROOT) else path}")
     return path
 
 
@@ -130,7 +131,10 @@ def _resident(field: str) -> int:
 
 
 def _git(*arguments: str) -> str | None:
-    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    except OSError:  # no git here: the record says that nothing is known of the tree
+        return None
     return done.stdout.strip() if done.returncode == 0 else None
 
 

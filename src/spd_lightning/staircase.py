@@ -174,6 +174,14 @@ class Staircase:
             for depth in self.first_depths
         )
 
+    @cached_property
+    def anchors_of_stages(self) -> tuple[tuple[int, ...], ...]:
+        """Per stage, the anchors that its layers produce; h_0, the embedding, belongs to none."""
+        return tuple(
+            tuple(anchor for anchor in self.anchors if start < anchor <= stop)
+            for start, stop in pairwise(self.boundaries)
+        )
+
     def visible_block(self, block: int, elapsed: int) -> int:
         """The block through which T' is seen by row (block, T), elapsed = e(T) - e(T') >= 0 cycles apart."""
         depth = self.first_depths[self.reachable_blocks.index(block)]

@@ -59,8 +59,8 @@ def test_no_cost_makes_it_faster_and_no_rank_does_more_than_it_can(alone: bool) 
         )  # fmt: skip
         verdicts = [draw.random() < 0.8 for _ in range(50)]
         found = simulate(costs, verdicts, 50)
-        # at the last verdict others may be a cycle ahead
-        assert all(0 <= share * found.seconds <= found.seconds + 2 * costs.steady_cycle for share in found.busy)
+        # work of the last cycle counts on every rank, and stage 0 does it up to n - 1 cycles later than the last stage
+        assert all(0 <= share * found.seconds <= found.seconds + n * costs.steady_cycle for share in found.busy)
         for name in ("verification", "head", "send", "latency"):
             slower = simulate(replace(costs, **{name: getattr(costs, name) + 0.5}), verdicts, 50)
             # not exactly: whoever comes later to work that is dropped drops less of it

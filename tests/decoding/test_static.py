@@ -17,6 +17,7 @@ from family.common import VARIED, EveryPhase, WrongAt, random_prompt, rejected_p
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from spd_lightning.decoding import graph
 from spd_lightning.decoding.decoder import CycleEvent, SpdDecoder, autoregressive_generate
 from spd_lightning.decoding.drafters import Draft, HeadDrafter, PromptLookupDrafter
 from spd_lightning.decoding.generation import Generation
@@ -418,6 +419,61 @@ def test_what_cannot_be_captured_is_refused_with_reason_and_alternative(make_tar
 
 
 # -- on CUDA -----------------------------------------------------------------------------------------------------
+
+
+# -- capturing, as far as it goes without a GPU ------------------------------------------------------------------------
+
+
+class BrokenCapture:
+    """Stands for torch.cuda.graph: the end of a capture in which something went wrong raises once more."""
+
+    def __init__(self, *unused: object, **settings: object) -> None:
+        self.settings = settings
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *unused: object) -> None:
+        raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+
+@pytest.mark.parametrize(
+    ("error", "expected", "message"),
+    [
+        (RuntimeError("a tensor was read by the host\nmore"), InputError, "as a CUDA graph: a tensor was read by"),
+        (torch.OutOfMemoryError("CUDA out of memory"), torch.OutOfMemoryError, "out of memory"),
+        (AttributeError("a bug of ours"), AttributeError, "a bug of ours"),
+        (None, InputError, "previous error during capture"),
+    ],
+    ids=["illegal", "memory", "bug", "end"],
+)
+def test_a_capture_that_fails_tells_what_failed_first(
+    monkeypatch: pytest.MonkeyPatch, error: Exception | None, expected: type[Exception], message: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", BrokenCapture)
+
+    def run() -> None:
+        if error is not None:
+            raise error
+
+    with pytest.raises(expected, match=message):
+        graph._captured(run, None)  # type: ignore[arg-type]
+
+
+def test_weights_that_moved_are_captured_anew(make_target: MakeTarget) -> None:
+    target = lively(make_target, "llama", SPLITS[2])
+    head = new_head(target, num_layers=1)
+    decoder = GraphDecoder(target, head)
+    prompt = random_prompt(5, random.Random(0))
+    decoder.generate(prompt, 8)
+    (first,) = decoder.engine.runners.values()
+    decoder.generate(prompt, 8)
+    assert list(decoder.engine.runners.values()) == [first], "one graph serves all prompts"
+    weight = target.layer(1).mlp.up_proj.weight
+    weight.data = torch.zeros_like(weight)
+    assert decoder.generate(prompt, 8).token_ids == autoregressive_generate(target, prompt, 8).token_ids
+    assert list(decoder.engine.runners.values()) != [first]
 
 
 @pytest.mark.gpu

@@ -1,8 +1,8 @@
 """One rank of a small pipeline to which something happens: `python fault_worker.py HEAD_ALONE RANK WHEN WHAT`.
 
 WHEN is the beginning of what a rank says that it is at ("cycle -1" is prefill); WHAT is a signal's name, an error to
-be raised ("memory", "input"), `freeze` (the rank goes on giving signs of life and does nothing), or `other chunk` (it
-comes with other settings than the others).
+be raised ("memory", "input"), `freeze` (the rank goes on giving signs of life and does nothing), or `other ...` (it
+comes with another head, target, split, package or setting than the others).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from spd_lightning.decoding.launch import member  # noqa: E402
 from spd_lightning.decoding.pipeline import PipelineDecoder  # noqa: E402
 from spd_lightning.decoding.topology import Roles  # noqa: E402
 from spd_lightning.errors import InputError  # noqa: E402
+from spd_lightning.head.digest import weights_digest  # noqa: E402
 from spd_lightning.head.loading import new_head  # noqa: E402
 
 
@@ -32,8 +33,12 @@ def main() -> None:
         print(f"pid {os.getpid()}", flush=True)
         n = me.world - alone
         me.play(Roles(n, tuple(range(me.world))).name(me.rank))
-        target = _make_target("llama", 2 * n, num_stages=n)
-        head = new_head(target).eval()
+        other = what.removeprefix("other ") if what.startswith("other ") and me.rank == rank else ""
+        if other == "version":
+            torch.__version__ = "1.0.0"
+        layers = [2] * (n - 2) + [1, 3] if other == "split" else [2] * n
+        target = _make_target("llama", 2 * n, hidden=64 if other == "target" else 32, stage_layers=layers)
+        head = new_head(target, seed=int(other == "head")).eval()
 
         def on_state(state: str) -> None:
             me.state = state
@@ -47,8 +52,9 @@ def main() -> None:
                 time.sleep(600)
             os.kill(os.getpid(), getattr(signal, what))
 
-        chunk = 7 if what == "other chunk" and me.rank == rank else 256
-        decoder = PipelineDecoder(target, head, prefill_chunk=chunk, on_state=on_state)
+        chunk = 7 if other == "chunk" else 256
+        name = weights_digest(head)
+        decoder = PipelineDecoder(target, head, prefill_chunk=chunk, on_state=on_state, head_name=name)
         if not decoder.leads:
             decoder.follow()
             return

@@ -145,6 +145,8 @@ def _converse(session: Session, options: Namespace) -> int:
             try:
                 turn = session.answer(prompt)
             except InputError as error:  # a prompt that is too long, say
+                if session.broken:
+                    raise
                 _note(f"error: {error}")
                 failed += 1
                 continue
@@ -194,6 +196,11 @@ class Session:
         if not self.models.chats and not options.raw:
             _note("The tokenizer has no chat template: prompts are taken as they are, as with --raw.")
         self.reset()
+
+    @property
+    def broken(self) -> bool:
+        """Whether other ranks are left in the middle of a generation."""
+        return bool(getattr(self.models.decoder, "broken", False))
 
     def reset(self) -> None:
         """Forget what was said."""

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from spd_lightning.decoding.decoder import (
     CycleEvent,
@@ -38,6 +40,10 @@ from spd_lightning.target.target import Target
 
 #: Attention kernels that take the mask which hides what lies behind a position.
 MASKED_KERNELS = ("sdpa", "eager")
+#: What sdpa may choose from on a GPU. Not cuDNN, which torch prefers on new ones: it makes a plan for every length, and
+#: what hides a place in a mask can overflow in it.
+_WITH_MASK = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+_WITHOUT_MASK = [SDPBackend.FLASH_ATTENTION, *_WITH_MASK]
 SMALLEST_BUCKET = 256
 
 
@@ -77,17 +83,9 @@ class CycleRunner:
         self.cycle = cycle
         on_gpu = cycle.device.type == "cuda"
         # pinned: the device copies from and to them by itself
-        self._asked = torch.zeros(len(cycle.inputs), dtype=torch.int64, pin_memory=on_gpu)
-        self._found = torch.zeros(len(cycle.results), dtype=torch.int64, pin_memory=on_gpu)
-        try:
-            self.graph = _capture(cycle) if on_gpu else None
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            reason = str(error).partition("\n")[0]
-            raise InputError(
-                f"The cycle could not be captured as a CUDA graph: {reason} Decode with SpdDecoder."
-            ) from error
+        self._asked = torch.zeros(len(cycle.inputs), dtype=torch.int64, device="cpu", pin_memory=on_gpu)
+        self._found = torch.zeros(len(cycle.results), dtype=torch.int64, device="cpu", pin_memory=on_gpu)
+        self.graph = _capture(cycle) if on_gpu else None
 
     def __call__(self, positions: Sequence[int], token: int) -> tuple[int, int]:
         """One cycle with the positions at depth 0..n and the entering token; returns `StaticCycle.results`."""
@@ -112,7 +110,9 @@ def _capture(cycle: StaticCycle) -> torch.cuda.CUDAGraph:
 
     Captured (and warmed up) at the spare position, so that a loaded prompt is as it was.
     """
-    with torch.cuda.device(cycle.device):
+    here = torch.cuda.device(cycle.device)
+    # the current stream comes back whatever happens; autocast would leave copies of weights behind that the graph reads
+    with here, torch.cuda.stream(torch.cuda.current_stream(cycle.device)), torch.autocast("cuda", enabled=False):
         streams = [torch.cuda.Stream() for _ in cycle.branches()]
 
         def fork(branches: Sequence[Branch]) -> None:
@@ -128,15 +128,49 @@ def _capture(cycle: StaticCycle) -> torch.cuda.CUDAGraph:
         cycle.inputs[-1] = 0
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):  # libraries set themselves up in the first calls, on every stream
-                cycle.run(fork)
-        torch.cuda.current_stream().wait_stream(side)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=side):
-            cycle.run(fork)
+        with kernels(cycle.device, masked=True):
+            with torch.cuda.stream(side):
+                for _ in range(3):  # libraries set themselves up in the first calls, on every stream
+                    cycle.run(fork)
+            torch.cuda.current_stream().wait_stream(side)
+            torch.cuda.synchronize()
+            # workspaces that the warm-up made belong to nobody: made again while capturing, they are the graph's own
+            torch._C._cuda_clearCublasWorkspaces()
+            graph = _captured(lambda: cycle.run(fork), side)
+            torch._C._cuda_clearCublasWorkspaces()
     return graph
+
+
+def _captured(run: Callable[[], None], stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
+    """What `run` puts on the stream, as a graph.
+
+    Raises:
+        InputError: CUDA could not capture it.
+    """
+    graph, failure = torch.cuda.CUDAGraph(), None
+    try:
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            try:
+                run()
+            except Exception as error:  # kept: the end of a broken capture raises too, and says less
+                failure = error
+    except RuntimeError as error:
+        failure = failure or error
+    if failure is None:
+        return graph
+    if isinstance(failure, RuntimeError) and not isinstance(failure, torch.OutOfMemoryError):
+        reason = str(failure).partition("\n")[0]
+        raise InputError(f"The cycle could not be captured as a CUDA graph: {reason} Decode with SpdDecoder.") from (
+            failure
+        )
+    raise failure
+
+
+def kernels(device: torch.device, masked: bool) -> AbstractContextManager[None]:
+    """Within it attention on a GPU takes none but kernels that are right, and quick, for one token or one prompt."""
+    if device.type != "cuda":
+        return nullcontext()
+    return sdpa_kernel(_WITH_MASK if masked else _WITHOUT_MASK)
 
 
 class GraphEngine:
@@ -158,6 +192,12 @@ class GraphEngine:
         self.target, self.head = target, head
         self.capacity = None if capacity is None else bucket(capacity)
         self.runners: dict[int, CycleRunner] = {}
+        self._weights = self._addresses()
+
+    def _addresses(self) -> list[int]:
+        """Of all weights: a graph reads from where they were when it was captured."""
+        modules = (self.target.model, self.head)
+        return [p.data_ptr() for module in modules if module is not None for p in module.parameters()]
 
     def start(self, prompt: Sequence[int], places: int) -> tuple[CycleRunner, Tensor]:
         """A prompt through target and head, eagerly; returns a runner that holds it, and its last logits [V].
@@ -174,12 +214,16 @@ class GraphEngine:
                 f"A prompt of {len(prompt)} tokens with its new tokens takes {places + 1} places, and capacity is "
                 f"{capacity}: raise capacity, or leave it out."
             )
+        if (addresses := self._addresses()) != self._weights:
+            self._weights = addresses
+            self.runners.clear()
         runner = self.runners.get(capacity)
         cycle = StaticCycle(self.target, self.head, capacity) if runner is None else runner.cycle
         cache = self.target.new_cache(len(prompt))
         ids = torch.tensor([list(prompt)], device=cycle.device)
-        states, last = self.target(ids, cycle.anchors, cache=cache)
-        cycle.load(states, cache)
+        with kernels(cycle.device, masked=False):
+            states, last = self.target(ids, cycle.anchors, cache=cache)
+            cycle.load(states, cache)
         if runner is None:
             runner = self.runners[capacity] = CycleRunner(cycle)
         return runner, self.target.logits(last[:, -1])[0]

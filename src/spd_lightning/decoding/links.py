@@ -4,8 +4,10 @@ What travels is decided by the schedule, which every rank follows on its own, so
 asks for one. Hidden states go by the backend of their device (NCCL on GPUs, gloo on CPUs); tokens and verdicts are a
 few bytes that the host acts upon, and go by gloo everywhere.
 
-NCCL orders what one communicator does and knows no tags: there every link has a communicator of its own, or a receive
-that was posted ahead would hold up a send behind it.
+The two backends wait differently. gloo sends once the receive is posted, and its waits hold up the host: receives are
+posted ahead, as many as messages can be under way. NCCL waits on the device, where a receive that is posted ahead is a
+kernel that spins, holds up whoever waits for the device, and is ended by a watchdog: there a receive is posted when it
+is asked for, which costs the host nothing, and none outlives a generation.
 """
 
 from __future__ import annotations
@@ -21,10 +23,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-#: Messages that may be under way on a link before its sender waits.
-DEPTH = 4
-#: The library's own limit of a wait; who waits too long for whom is told much earlier, by `Watch`.
-FOREVER = timedelta(days=1)
+#: The library's own limit of a wait; who waits too long for whom is told much earlier, by those who watch.
+FOREVER = timedelta(days=3650)
 
 
 class LinkError(RuntimeError):
@@ -39,7 +39,8 @@ class Link:
         shape, dtype, device: of a message.
         group: that both belong to.
         tag: tells links of one pair apart (gloo).
-        ahead: receives that are posted before they are asked for.
+        slots: messages that may be under way before the sender waits. A pipeline of n stages needs n + 2: the last
+            stage's rank takes a draft n - 1 cycles after it was made, and may be n - 1 cycles ahead of the first's.
     """
 
     def __init__(
@@ -51,54 +52,54 @@ class Link:
         device: torch.device,
         group: Any,
         tag: int,
-        ahead: int = 2,
+        slots: int,
     ) -> None:
-        self.source, self.destination, self.group, self.tag = source, destination, group, tag
+        self.source, self.destination = source, destination
         self.sends = dist.get_rank() == source
-        slots = DEPTH if self.sends else ahead
-        self._buffers = [torch.zeros(*shape, dtype=dtype, device=device) for _ in range(slots)]
-        self._pending: deque[tuple[int, Any]] = deque()
+        self._group, self._tag = group, tag if device.type != "cuda" else 0
+        self._peer = dist.get_group_rank(group, destination if self.sends else source)
+        with torch.inference_mode(False):  # they are written in and out of inference mode
+            self._buffers = [torch.zeros(*shape, dtype=dtype, device=device) for _ in range(slots)]
+        self._pending: deque[tuple[Tensor, Any]] = deque()
         self._next = 0
-        if not self.sends:
-            for _ in range(ahead):
+        if not self.sends and device.type != "cuda":
+            for _ in range(slots):
                 self._post()
 
     def send(self, message: Tensor) -> None:
-        """Hand a message over; returns at once unless `DEPTH` messages are under way."""
+        """Hand a message over; returns at once unless `slots` messages are under way."""
         if len(self._pending) == len(self._buffers):
             self._finished()
-        slot, self._next = self._next, (self._next + 1) % len(self._buffers)
-        self._buffers[slot].copy_(message.view_as(self._buffers[slot]))
-        self._pending.append((slot, self._call(dist.isend, self._buffers[slot], self.destination)))
+        buffer = self._buffer()
+        buffer.copy_(message.view_as(buffer))
+        self._pending.append((buffer, _called(self._group.send, buffer, self._peer, self._tag, self._other)))
 
     def receive(self) -> Tensor:
-        """The next message, once it is here; valid until the one after the next is received."""
-        message = self._buffers[self._finished()].clone()
-        self._post()
+        """The next message, once it is here."""
+        if not self._pending:
+            self._post()
+        message = self._finished().clone()
+        if not message.is_cuda:
+            self._post()
         return message
 
+    @property
+    def _other(self) -> int:
+        return self.destination if self.sends else self.source
+
+    def _buffer(self) -> Tensor:
+        buffer, self._next = self._buffers[self._next], (self._next + 1) % len(self._buffers)
+        return buffer
+
     def _post(self) -> None:
-        slot, self._next = self._next, (self._next + 1) % len(self._buffers)
-        self._pending.append((slot, self._call(dist.irecv, self._buffers[slot], self.source)))
+        buffer = self._buffer()
+        self._pending.append((buffer, _called(self._group.recv, buffer, self._peer, self._tag, self._other)))
 
-    def _finished(self) -> int:
+    def _finished(self) -> Tensor:
         """Wait for the oldest message under way; its buffer."""
-        slot, work = self._pending.popleft()
-        try:
-            work.wait() if self._buffers[slot].is_cuda else work.wait(FOREVER)
-        except RuntimeError as error:
-            raise self._lost() from error
-        return slot
-
-    def _call(self, operation: Any, buffer: Tensor, peer: int) -> Any:
-        try:
-            return operation(buffer, peer, group=self.group, tag=0 if buffer.is_cuda else self.tag)
-        except RuntimeError as error:
-            raise self._lost() from error
-
-    def _lost(self) -> LinkError:
-        other = self.destination if self.sends else self.source
-        return LinkError(f"the connection to rank {other} broke")
+        buffer, work = self._pending.popleft()
+        _wait(work, buffer, self._other)
+        return buffer
 
 
 class Rows:
@@ -107,64 +108,79 @@ class Rows:
     def __init__(
         self, source: int, destination: int, width: tuple[int, ...], like: Tensor, group: Any, tag: int
     ) -> None:
-        self.source, self.destination, self.group, self.tag = source, destination, group, tag
+        self._other = destination if dist.get_rank() == source else source
+        self._group, self._tag = group, 0 if like.is_cuda else tag
+        self._peer = dist.get_group_rank(group, self._other)
         self._width, self._like = width, like
         self._pending: list[tuple[Tensor, Any]] = []
 
     def send(self, rows: Tensor) -> None:
         """[C, *width]; it must not change before `finish`."""
         rows = rows.contiguous()
-        self._pending.append((rows, self._call(dist.isend, rows, self.destination)))
+        self._pending.append((rows, _called(self._group.send, rows, self._peer, self._tag, self._other)))
 
     def receive(self, count: int) -> Tensor:
         rows = self._like.new_empty(count, *self._width)
-        self._wait(self._call(dist.irecv, rows, self.source))
+        _wait(_called(self._group.recv, rows, self._peer, self._tag, self._other), rows, self._other)
         return rows
 
     def finish(self) -> None:
         """Wait until everything that was sent has arrived."""
-        for _, work in self._pending:
-            self._wait(work)
+        for rows, work in self._pending:
+            _wait(work, rows, self._other)
         self._pending.clear()
 
-    def _wait(self, work: Any) -> None:
-        try:
-            work.wait() if self._like.is_cuda else work.wait(FOREVER)
-        except RuntimeError as error:
-            raise LinkError(f"the connection between ranks {self.source} and {self.destination} broke") from error
 
-    def _call(self, operation: Any, rows: Tensor, peer: int) -> Any:
-        try:
-            return operation(rows, peer, group=self.group, tag=0 if rows.is_cuda else self.tag)
-        except RuntimeError as error:
-            raise LinkError(f"the connection to rank {peer} broke") from error
+def _called(operation: Any, message: Tensor, peer: int, tag: int, other: int) -> Any:
+    """Start a send or a receive; `other`: global rank, for who reads the error."""
+    try:
+        return operation([message], peer, tag)
+    except RuntimeError as error:
+        raise LinkError(f"the connection to rank {other} broke") from error
+
+
+def _wait(work: Any, message: Tensor, other: int) -> None:
+    """On a GPU the stream waits, elsewhere the host."""
+    try:
+        work.wait() if message.is_cuda else work.wait(FOREVER)
+    except RuntimeError as error:
+        raise LinkError(f"the connection to rank {other} broke") from error
 
 
 class Mailbox:
-    """Receives a link's messages on a thread, so that a busy rank can look whether one has come.
+    """Receives verdicts on a thread, so that a busy rank can look whether one has come.
 
-    gloo tells of a message to who waits for it only.
+    gloo tells of a message to who waits for it only. The thread waits for messages during generations alone: a process
+    that ends while a thread waits in gloo may be aborted.
+
+    Args:
+        link: of messages [token, accepted, over].
     """
 
     def __init__(self, link: Link) -> None:
+        self._generations: SimpleQueue[bool] = SimpleQueue()
         self._messages: SimpleQueue[list[int] | LinkError] = SimpleQueue()
         self._link = link
-        self._thread = threading.Thread(target=self._listen, daemon=True, name="verdicts")
-        self._thread.start()
+        threading.Thread(target=self._listen, daemon=True, name="verdicts").start()
 
     def _listen(self) -> None:
         try:
-            while True:
-                message = self._link.receive().tolist()
-                self._messages.put(message)
-                if message[0] == GOODBYE:
-                    return
+            while self._generations.get():
+                over = False
+                while not over:
+                    message = self._link.receive().tolist()
+                    over = bool(message[2])
+                    self._messages.put(message)
         except LinkError as error:
             self._messages.put(error)
 
+    def open(self) -> None:
+        """A generation begins: listen to its verdicts, up to the one that says that it is over."""
+        self._generations.put(True)
+
     def close(self) -> None:
-        """Wait for the sender's good-bye."""
-        self._thread.join()
+        """No generation follows."""
+        self._generations.put(False)
 
     def look(self) -> list[int] | None:
         """The next message if it is here."""
@@ -181,7 +197,3 @@ class Mailbox:
         if isinstance(message, LinkError):
             raise message
         return message
-
-
-#: In the place of a token: no message follows on this link.
-GOODBYE = -1

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import partial
+from time import perf_counter, time
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ import torch.distributed as dist
 
 from spd_lightning.decoding.decoder import SpdDecoder
 from spd_lightning.decoding.drafters import Drafter
-from spd_lightning.decoding.links import GOODBYE, LinkError
+from spd_lightning.decoding.links import LinkError
 from spd_lightning.decoding.rank_run import RankRun
 from spd_lightning.decoding.sampling import Sampling
 from spd_lightning.decoding.topology import Groups, RankLinks, Roles
@@ -36,6 +37,10 @@ from spd_lightning.target.target import Target
 
 #: Positions of a prompt that go through a stage at once.
 PREFILL_CHUNK = 256
+#: What a rank is at when it is at nothing that could stand still.
+BETWEEN = "between generations"
+#: Seconds by which two ranks may read one machine's clock apart.
+_ONE_CLOCK = 0.5
 
 
 class PipelineDecoder(SpdDecoder):
@@ -79,14 +84,13 @@ class PipelineDecoder(SpdDecoder):
         self.ranks = len(self.roles.ranks)
         self.rank, self.prefill_chunk = dist.get_rank(), prefill_chunk
         self.stage = self.roles.stage_of(self.rank)
-        self.tracer: Tracer | NoTracer = Tracer(self.rank) if traced else NoTracer()
-        self.groups = groups or Groups.of([self.roles], target.device)
+        self.tracer: Tracer | NoTracer = Tracer(self.rank, _settle(target.device)) if traced else NoTracer()
+        self.groups = groups or Groups.of([self.roles], staircase, target.device)
         #: Hidden-state indices that each stage produces for the head; the head's rank embeds tokens itself.
-        self.anchors_of = [
-            [anchor for anchor in staircase.anchors if start < anchor <= stop]
-            for start, stop in pairwise(staircase.boundaries)
-        ]
+        self.anchors_of = staircase.anchors_of_stages
         self.tell_state = on_state
+        #: Whether a generation began that did not end: the other ranks are still in it.
+        self.broken = False
         self.spans: list[Span] = []
         self.cycles = 0  # of the last generation
         self._agree(head_name)
@@ -104,10 +108,17 @@ class PipelineDecoder(SpdDecoder):
     def _run(
         self, prompt: list[int], max_new_tokens: int, verdicts: Verdicts, ends: frozenset[int], observed: bool
     ) -> RankRun:
+        if self.broken:
+            raise RuntimeError("an earlier generation failed on this rank while the others were in it: start anew")
         if self.leads:
             self._broadcast(_Call(prompt, max_new_tokens, verdicts.sampling, verdicts.forced_acceptance, ends))
-        self.tell_state("cycle -1")
+        self.broken = True  # until it ends
         return RankRun(self, prompt, max_new_tokens, verdicts, ends, observed)
+
+    def ended(self, spans: list[Span], cycles: int) -> None:
+        """A generation is over, on this rank too."""
+        self.spans, self.cycles, self.broken = spans, cycles, False
+        self.tell_state(BETWEEN)
 
     @torch.inference_mode()
     def follow(self, generations: int | None = None) -> None:
@@ -127,19 +138,20 @@ class PipelineDecoder(SpdDecoder):
                 if event.emitted is not None:
                     token, left = event.emitted, left - 1
             run.end(stopped=False)
-            self.tell_state("waits for a prompt")
         else:
             return
-        if self.links.mailbox is not None:
-            self.links.mailbox.close()
+        self.release()
         self.spans_of_all()
 
     def close(self) -> list[Span]:
         """The leader wants no more: every rank is free. Returns the spans of all ranks in the last generation."""
         self._broadcast(None)
-        for link in self.links.verdicts_out:
-            link.send(torch.tensor([GOODBYE, 0, 0]))
         return self.spans_of_all()
+
+    def release(self) -> None:
+        """Let go of what outlives generations, without a word to the other ranks."""
+        if self.links.mailbox is not None:
+            self.links.mailbox.close()
 
     def gather(self, mine: Any) -> list[Any]:
         """What every rank gives, in the order of ranks; called by all alike, between generations."""
@@ -148,8 +160,15 @@ class PipelineDecoder(SpdDecoder):
         return everyone
 
     def spans_of_all(self) -> list[Span]:
-        """What every rank did when in the last generation, if it is traced; called by all ranks alike."""
-        return [span for rows in self.gather(as_rows(self.spans)) for span in from_rows(rows)]
+        """What every rank did when in the last generation, if it is traced; called by all ranks alike.
+
+        In the time of this rank: clocks of other machines are set to it by their time of day.
+        """
+        offset, found = time() - perf_counter(), list[Span]()
+        for other, rows in self.gather((offset, as_rows(self.spans))):
+            shift = other - offset
+            found += from_rows(rows, shift if abs(shift) > _ONE_CLOCK else 0.0)
+        return found
 
     def _broadcast(self, call: _Call | None) -> _Call | None:
         box: list[Any] = [call]
@@ -186,6 +205,11 @@ class PipelineDecoder(SpdDecoder):
                         f"The ranks do not agree: {what} is {value} on rank {self.roles.ranks[0]} and {theirs[what]} "
                         f"on rank {rank}. Start every rank with the same command, files and packages."
                     )
+
+
+def _settle(device: torch.device) -> Callable[[], None] | None:
+    """What makes the host's clock tell of the device: waiting for it."""
+    return partial(torch.cuda.synchronize, device) if device.type == "cuda" else None
 
 
 @dataclass(frozen=True)

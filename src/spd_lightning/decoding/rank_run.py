@@ -40,6 +40,29 @@ class Verdict:
         return cls(message[0], bool(message[1]), bool(message[2]))
 
 
+class Paced:
+    """Asks `useless` before every layer, when a GPU has come near it.
+
+    The host launches layers faster than a GPU computes them: it would have asked for the last time, and launched
+    everything, long before the verdict can come.
+    """
+
+    #: Layers that may be launched ahead of the device.
+    AHEAD = 2
+
+    def __init__(self, useless: Callable[[], bool]) -> None:
+        self._useless = useless
+        self._layers: deque[torch.cuda.Event] = deque()
+
+    def __call__(self) -> bool:
+        reached = torch.cuda.Event()
+        reached.record()
+        self._layers.append(reached)
+        if len(self._layers) > self.AHEAD:
+            self._layers.popleft().synchronize()
+        return self._useless()
+
+
 class RankRun:
     """One generation on one rank."""
 
@@ -84,12 +107,15 @@ class RankRun:
 
     def prefill(self) -> int:
         """The prompt, in pieces that follow each other through the stages."""
-        self.trace.switch(Work.PREFILL, -1)
         P, links, size = len(self.tokens), self.links, self.decoder.prefill_chunk
+        self._begin(Work.PREFILL, -1)
+        if links.mailbox is not None:
+            links.mailbox.open()
         pieces = [(start, min(start + size, P)) for start in range(0, P, size)]
         own: list[Tensor] = []
         hidden = None
         for start, stop in pieces if self.stage is not None else []:
+            self.decoder.tell_state(f"cycle -1, prefill of {start}")
             if self.stage == 0:
                 hidden = self.target.embed_tokens(self.tokens[start:stop])
             else:
@@ -145,13 +171,15 @@ class RankRun:
         self.owed, self.taken = list(plan.stages), set()
         if self.decoder.leads:
             self.announced.append(plan.newest + 1)
-        drafted = self._draft_of_this_cycle(plan)
+        drafted = None if self.drafted is None else self.drafted.token
         emitted, accepted = None, None
         if plan.leaving is not None:
             message = self._verify(plan) if self.decoder.leads else self._go_on_until_told()
             if message.token == STOP:
                 return CycleEvent(None, None, None, None)
             emitted, accepted = message.token, message.accepted
+        if self.observed and self.decoder.leads:  # after the verdict, which need not wait for it
+            drafted = self._draft_at(plan.newest + 1).token
         self.schedule.advance(accepted)
         if plan.leaving is not None:
             self.kept.pop(plan.leaving - 1, None)  # it had its deepest row in this cycle
@@ -163,7 +191,9 @@ class RankRun:
 
     def _work(self, plan: Cycle, tentative: bool) -> None:
         """Compute what `plan` gives to this rank, unless a rejection makes it useless on the way."""
-        useless = self._useless if tentative else None
+        useless: Callable[[], bool] | None = None
+        if tentative:
+            useless = Paced(self._useless) if self.target.device.type == "cuda" else self._useless
         position = next((at for stage, at in plan.stages if stage == self.stage), None)
         token = self._entering_token(plan)
         states = None
@@ -279,16 +309,12 @@ class RankRun:
     def _draft_at(self, position: int) -> Draft:
         """The draft at a position, on the rank that verifies."""
         assert self.links.verified is not None and self.links.law is not None
+        if position not in self.in_flight:
+            self._wait(self.at)
         while position not in self.in_flight:
             at, token = self.announced.popleft(), int(self.links.verified.receive())
             self.in_flight[at] = Draft(token, None if self.sampling.greedy else self.links.law.receive())
         return self.in_flight[position]
-
-    def _draft_of_this_cycle(self, plan: Cycle) -> int | None:
-        if self.decoder.drafts:
-            assert self.drafted is not None
-            return self.drafted.token
-        return self._draft_at(plan.newest + 1).token if self.observed and self.decoder.leads else None
 
     def _wait(self, cycle: int) -> None:
         """Until another rank hands something over."""
@@ -317,7 +343,6 @@ class RankRun:
         """The verdict on the draft behind the position that leaves; everyone is told."""
         assert plan.leaving is not None
         position = plan.leaving + 1
-        self._wait(plan.index)
         draft = self._draft_at(position)
         self._begin(Work.VERIFY, plan.index)
         attempt = self.schedule.attempt_of(position)
@@ -373,4 +398,4 @@ class RankRun:
                 pass
         self._take_what_is_owed(self.schedule.cycle)
         self.outbox.clear()
-        self.decoder.spans, self.decoder.cycles = self.trace.stop(), self.schedule.cycle
+        self.decoder.ended(self.trace.stop(), self.schedule.cycle)

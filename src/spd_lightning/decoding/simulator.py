@@ -57,7 +57,8 @@ class Simulated:
     Attributes:
         seconds: from the entry of the first token to the last verdict.
         cycles, new_tokens: of the schedule; new tokens do not count the first.
-        busy: share of the time that each rank works for tokens, dropped work included.
+        busy: work of each rank as a share of the time, dropped work included, and that of the last cycle whole, though
+            the first stages do it after the last verdict: in a short generation a share may exceed 1.
     """
 
     seconds: float

@@ -24,7 +24,7 @@ from torch import Tensor
 from spd_lightning.decoding.schedule import Cycle
 from spd_lightning.head.module import HeadLayer, SpeculationHead
 from spd_lightning.target.cache import RollbackCache
-from spd_lightning.target.static_cache import StaticCache, StaticPosition, spare_position
+from spd_lightning.target.static_cache import StaticCache, StaticPosition, hidden_score, spare_position
 from spd_lightning.target.target import Rotary, Target
 
 Branch = Callable[[], None]
@@ -84,7 +84,7 @@ class StaticHead:
         self.cache, self.rotary = head.new_cache(capacity), head.rotary_table(capacity)
         self.places = torch.arange(capacity, device=positions.device)
         self.seen = torch.zeros((), dtype=head.dtype, device=positions.device)
-        self.hidden = torch.full_like(self.seen, torch.finfo(head.dtype).min)
+        self.hidden = torch.full_like(self.seen, hidden_score(head.dtype))
         self.groups = config.num_attention_heads // config.num_key_value_heads
 
     def run(self, kept: Tensor) -> Tensor:

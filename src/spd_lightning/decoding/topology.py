@@ -12,9 +12,13 @@ import torch.distributed as dist
 
 from spd_lightning.decoding.links import FOREVER, Link, Mailbox, Rows
 from spd_lightning.errors import InputError
+from spd_lightning.staircase import Staircase
 
 if TYPE_CHECKING:
     from spd_lightning.decoding.pipeline import PipelineDecoder
+
+#: (source, destination), global ranks.
+Edge = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -74,34 +78,47 @@ class Groups:
         control: gloo, of the pipeline that this rank belongs to; None if it belongs to none.
     """
 
-    def __init__(self, control: Any, data: dict[tuple[int, int, str], Any]) -> None:
+    def __init__(self, control: Any, data: dict[Edge, Any]) -> None:
         self.control, self._data = control, data
 
     @classmethod
-    def of(cls, pipelines: Sequence[Roles], device: torch.device) -> Groups:
-        """Groups of all `pipelines`, which share no rank."""
+    def of(cls, pipelines: Sequence[Roles], staircase: Staircase, device: torch.device) -> Groups:
+        """Groups of all `pipelines`, which share no rank. On GPUs every edge has a communicator of its own.
+
+        One communicator does one thing after another: two directions in one could wait for each other.
+        """
         control, data = None, {}
         for roles in pipelines:
             group = dist.new_group(list(roles.ranks), backend="gloo", timeout=FOREVER)
             if dist.get_rank() in roles.ranks:
                 control = group
             if device.type == "cuda":
-                for edge in sorted(_edges(roles)):
-                    data[edge] = dist.new_group(sorted(edge[:2]), backend="nccl")
+                for edge in edges(roles, staircase):
+                    made = dist.new_group(sorted(edge), backend="nccl", timeout=FOREVER)
+                    if dist.get_rank() in edge:
+                        data[edge] = made
+        for edge, made in data.items():  # a communicator's first message makes it, and the host waits: all in one order
+            _greet(made, *edge, device)
         return cls(control, data)
 
-    def data(self, source: int, destination: int, kind: str) -> Any:
+    def data(self, source: int, destination: int) -> Any:
         """What hidden states travel over."""
-        return self._data.get((source, destination, kind), self.control)
+        return self._data.get((source, destination), self.control)
 
 
-def _edges(roles: Roles) -> set[tuple[int, int, str]]:
-    edges: set[tuple[int, int, str]] = set()
+def edges(roles: Roles, staircase: Staircase) -> list[Edge]:
+    """Who sends hidden states to whom: every stage to the next, those with anchors to the head."""
     stages = roles.ranks[: roles.num_stages]
-    for kind in ("", "prompt "):
-        edges |= {(a, b, f"{kind}hidden") for a, b in pairwise(stages)}
-        edges |= {(a, roles.head, f"{kind}anchors") for a in stages if a != roles.head}
-    return edges
+    owners = [rank for rank, anchors in zip(stages, staircase.anchors_of_stages, strict=True) if anchors]
+    return sorted({*pairwise(stages), *((rank, roles.head) for rank in owners if rank != roles.head)})
+
+
+def _greet(group: Any, source: int, destination: int, device: torch.device) -> None:
+    message = torch.zeros(1, device=device)
+    if dist.get_rank() == source:
+        dist.send(message, destination, group=group)
+    else:
+        dist.recv(message, source, group=group)
 
 
 class RankLinks:
@@ -112,26 +129,26 @@ class RankLinks:
         n, stage = roles.num_stages, decoder.stage
         H, device, host = target.hidden_size, target.device, torch.device("cpu")
         like = torch.empty(0, dtype=target.dtype, device=device)
-        control = decoder.groups.control
+        control, slots = decoder.groups.control, n + 2
         ids = decoder.drafter.draft_ids
         draft_vocabulary = target.vocab_size if ids is None else len(ids)
 
-        def link(a: int, b: int, tag: int, kind: str, *shape: int) -> Link:
-            return Link(a, b, shape, target.dtype, device, decoder.groups.data(a, b, kind), tag)
+        def link(a: int, b: int, tag: int, *shape: int) -> Link:
+            return Link(a, b, shape, target.dtype, device, decoder.groups.data(a, b), tag, slots)
 
-        def rows(a: int, b: int, tag: int, kind: str, *width: int) -> Rows:
-            return Rows(a, b, width, like, decoder.groups.data(a, b, f"prompt {kind}"), tag)
+        def rows(a: int, b: int, tag: int, *width: int) -> Rows:
+            return Rows(a, b, width, like, decoder.groups.data(a, b), tag)
 
         def small(a: int, b: int, tag: int, size: int, dtype: torch.dtype = torch.int64) -> Link:
-            return Link(a, b, (size,), dtype, host, control, tag)
+            return Link(a, b, (size,), dtype, host, control, tag, slots)
 
         self.hidden_in = self.hidden_out = self.rows_in = self.rows_out = None
         if stage is not None and stage > 0:
             edge = roles.ranks[stage - 1], rank
-            self.hidden_in, self.rows_in = link(*edge, 1, "hidden", H), rows(*edge, 2, "hidden", H)
+            self.hidden_in, self.rows_in = link(*edge, 1, H), rows(*edge, 2, H)
         if stage is not None and stage < n - 1:
             edge = rank, roles.ranks[stage + 1]
-            self.hidden_out, self.rows_out = link(*edge, 1, "hidden", H), rows(*edge, 2, "hidden", H)
+            self.hidden_out, self.rows_out = link(*edge, 1, H), rows(*edge, 2, H)
         #: stage -> its anchor states, on the head's rank; and out of this rank
         self.anchors_in: dict[int, Link] = {}
         self.anchor_rows_in: dict[int, Rows] = {}
@@ -140,7 +157,7 @@ class RankLinks:
             edge = roles.ranks[s], roles.head
             if not anchors or edge[0] == edge[1] or rank not in edge:
                 continue
-            states, prompt = link(*edge, 3, "anchors", len(anchors), H), rows(*edge, 4, "anchors", len(anchors), H)
+            states, prompt = link(*edge, 3, len(anchors), H), rows(*edge, 4, len(anchors), H)
             if rank == roles.head:
                 self.anchors_in[s], self.anchor_rows_in[s] = states, prompt
             else:

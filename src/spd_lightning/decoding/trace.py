@@ -4,13 +4,13 @@ A rank does exactly one kind of work at every moment. It says `switch` when that
 both ends the old span and begins the new one: spans have no holes and no overlaps, so the parts of a cycle add up to
 the whole by construction. The clock is time.perf_counter, which all processes of one machine share.
 
-Spans are what the host sees. A device that works behind the host's back has to be waited for before a switch, or its
-time falls into whatever waits for it next.
+Spans are what the host sees. A device that works behind the host's back is waited for before a switch, or its time
+would fall into whatever waits for it next: a trace costs a GPU some overlap of launching and computing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from time import perf_counter
@@ -51,10 +51,14 @@ class Span:
 
 
 class Tracer:
-    """Records the spans of one rank; a switch costs a clock reading and a tuple."""
+    """Records the spans of one rank; a switch costs a clock reading and a tuple.
 
-    def __init__(self, rank: int) -> None:
-        self._rank = rank
+    Args:
+        settle: waits for the device.
+    """
+
+    def __init__(self, rank: int, settle: Callable[[], None] | None = None) -> None:
+        self._rank, self._settle = rank, settle
         self._marks: list[tuple[Work, int, float]] = []  # what began, and when; it ends where the next begins
 
     def switch(self, work: Work, cycle: int) -> None:
@@ -63,10 +67,14 @@ class Tracer:
             running = self._marks[-1]
             if running[0] is work and running[1] == cycle:
                 return
+        if self._settle is not None:
+            self._settle()
         self._marks.append((work, cycle, perf_counter()))
 
     def stop(self) -> list[Span]:
         """End the last span; return everything since the last stop and forget it."""
+        if self._settle is not None:
+            self._settle()
         now, marks = perf_counter(), self._marks
         self._marks = []
         ends = [*(begin for _, _, begin in marks[1:]), now]
@@ -88,9 +96,11 @@ def as_rows(spans: Iterable[Span]) -> list[list[Any]]:
     return [[span.rank, span.work.value, span.cycle, span.begin, span.end] for span in spans]
 
 
-def from_rows(rows: Iterable[Sequence[Any]]) -> list[Span]:
-    """The spans that `as_rows` wrote."""
-    return [Span(int(rank), Work(work), int(cycle), float(begin), float(end)) for rank, work, cycle, begin, end in rows]
+def from_rows(rows: Iterable[Sequence[Any]], shift: float = 0.0) -> list[Span]:
+    """The spans that `as_rows` wrote, later by `shift` seconds."""
+    return [
+        Span(int(rank), Work(work), int(cycle), begin + shift, end + shift) for rank, work, cycle, begin, end in rows
+    ]
 
 
 # -- the trace to look at --------------------------------------------------------------------------------------------

@@ -30,6 +30,14 @@ def spare_position(capacity: int) -> int:
     return capacity - 1
 
 
+def hidden_score(dtype: torch.dtype) -> float:
+    """What an additive mask holds for places that are not seen: far below every score, and finite in every kernel.
+
+    Half of the least number, because some kernels scale scores by log2(e) once the mask is added.
+    """
+    return torch.finfo(dtype).min / 2
+
+
 class StaticPosition:
     """The position of a stage's token, and what all its layers derive from it. Fixed addresses, new values per cycle.
 
@@ -45,7 +53,7 @@ class StaticPosition:
         self.value, self.capacity, self.window = value, capacity, window
         self.slots = rollback + 1
         self._places = torch.arange(capacity, device=value.device)
-        self._hidden = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=value.device)
+        self._hidden = torch.full((), hidden_score(dtype), dtype=dtype, device=value.device)
         self._seen = torch.zeros((), dtype=dtype, device=value.device)
         self._recurrent = "linear_attention" in kinds
         attending = [kind for kind in dict.fromkeys(kinds) if kind != "linear_attention"]

@@ -11,7 +11,6 @@ the wall-clock speedup over plain decoding on one of them is measured. With fewe
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from math import ceil
@@ -20,7 +19,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_only
 from tqdm import tqdm
 
 from spd_lightning.decoding.checks import Divergence, drift, lossless_divergence
@@ -38,8 +37,10 @@ from spd_lightning.training.data import SpdDataModule
 
 #: Counts that ranks add up before any ratio is taken, in this order.
 COUNTS = ("prompts", "new_tokens", "cycles", "verified", "accepted", "mismatches", "ties", "drift", "drift_ties")
-#: Sums over cycles that a pipeline of ranks adds to them.
+#: Sums that a pipeline of ranks adds to them; the first two over the same prompts, the others over all cycles.
 CLOCK = ("decode_seconds", "plain_seconds", "cycle_ms", "slowest_ms", "head_slack_ms", "bubbles")
+#: Prompts of each pipeline and validation whose plain decoding is timed again, next to the pipeline's.
+CLOCKED = 2
 
 
 class DecodingValidation(L.Callback):
@@ -95,6 +96,7 @@ class DecodingValidation(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.spent, self.began = 0.0, time.perf_counter()
+        self._decoder, self._groups = None, None
 
     @torch.no_grad()
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -136,13 +138,13 @@ class DecodingValidation(L.Callback):
             if world > 1 and not self._told:
                 self._told = True
                 why = f"{world} ranks for {n} stages" if world < n else "the target's weights are in pieces"
-                rank_zero_info(f"Validation decodes in process ({why}): wall clock is not measured.")
+                rank_zero_only(print)(f"Validation decodes in process ({why}): wall clock is not measured.", flush=True)
             return []
         count = world // n
         size = n + 1 if count * (n + 1) <= world else n
         pipelines = [Roles(n, tuple(range(i * size, (i + 1) * size))) for i in range(count)]
         if self._groups is None:  # all ranks make the groups of all pipelines, once
-            self._groups = Groups.of(pipelines, trainer.strategy.root_device)
+            self._groups = Groups.of(pipelines, head.staircase, trainer.strategy.root_device)
             mine = next((roles for roles in pipelines if trainer.global_rank in roles.ranks), None)
             if mine is not None:
                 self._decoder = PipelineDecoder(target, head, mine.ranks, traced=True, groups=self._groups)
@@ -172,28 +174,39 @@ class DecodingValidation(L.Callback):
         nothing = torch.zeros(len(COUNTS) + len(CLOCK), dtype=torch.float64, device=device)
         was_training = head.training
         head.eval()
-        for start in range(0, len(prompts), len(pipelines)):
-            found: tuple[torch.Tensor, list[str]] = nothing, []
-            number = start + (pipelines.index(decoder.roles) if decoder is not None else len(pipelines))
-            if decoder is not None and number < min(len(prompts), start + len(pipelines)):
-                if decoder.leads:
-                    counts, bad = self.measure(target, head, [prompts[number]], number, decoder)
-                    found = torch.cat([counts, self._clock(decoder, prompts[number]).to(counts.device)]), bad
-                else:
-                    decoder.follow(generations=1)
-                    decoder.spans_of_all()
-            yield found
-        head.train(was_training)
+        try:
+            for start in range(0, len(prompts), len(pipelines)):
+                found: tuple[torch.Tensor, list[str]] = nothing, []
+                number = start + (pipelines.index(decoder.roles) if decoder is not None else len(pipelines))
+                if decoder is not None and number < min(len(prompts), start + len(pipelines)):
+                    if decoder.leads:
+                        counts, bad = self.measure(target, head, [prompts[number]], number, decoder)
+                        clocked = prompts[number] if start < CLOCKED * len(pipelines) else None
+                        found = torch.cat([counts, self._clock(decoder, clocked).to(counts.device)]), bad
+                    else:
+                        decoder.follow(generations=1)
+                        decoder.spans_of_all()
+                yield found
+        finally:
+            head.train(was_training)
 
-    def _clock(self, decoder: PipelineDecoder, prompt: list[int]) -> torch.Tensor:
-        """Sums in the order of CLOCK, of the generation that was decoded last."""
+    def _clock(self, decoder: PipelineDecoder, prompt: list[int] | None) -> torch.Tensor:
+        """Sums in the order of CLOCK, of the generation that was decoded last.
+
+        Args:
+            prompt: to be decoded plainly once more, here and now, while the other ranks wait: what was measured when
+                the run began was measured on a machine in another state.
+        """
         spans, cycles = decoder.spans_of_all(), decoder.cycles
         if not cycles:
             return torch.zeros(len(CLOCK), dtype=torch.float64)
+        seconds = 0.0, 0.0
+        if prompt is not None:
+            plain = autoregressive_generate(decoder.target, prompt, self.max_new_tokens)
+            seconds = self._last_seconds, plain.decode_seconds
         parts = breakdown(spans, cycles)
         values = (
-            self._last_seconds,
-            self.reference[tuple(prompt)].decode_seconds,
+            *seconds,
             parts.cycle_ms * cycles,
             parts.slowest[1] * cycles,
             (parts.head_slack_ms or 0.0) * cycles,
@@ -203,11 +216,17 @@ class DecodingValidation(L.Callback):
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         decoder, self._decoder, self._groups = self._decoder, None, None
-        if decoder is not None and sys.exc_info()[0] is None:
+        if decoder is not None:
             if decoder.leads:
                 decoder.close()
             else:
                 decoder.follow()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """There is no teardown after an error, and other ranks may be gone: end alone."""
+        decoder, self._decoder, self._groups = self._decoder, None, None
+        if decoder is not None:
+            decoder.release()
 
     def measure(
         self,
@@ -270,8 +289,9 @@ class DecodingValidation(L.Callback):
             "decoding_seconds" if parallel else "decoding_seconds_simulated": seconds,
             "decoding_share_of_time": self.spent / max(time.perf_counter() - self.began, 1e-9),
         }
-        if parallel and cycles:  # over plain decoding on one rank's hardware
-            values["wall_clock_speedup"] = totals["plain_seconds"] / totals["decode_seconds"]
+        if parallel and cycles:
+            if totals["decode_seconds"]:  # over plain decoding on one rank's hardware
+                values["wall_clock_speedup"] = totals["plain_seconds"] / totals["decode_seconds"]
             names = CLOCK[2:5] if self._decoder is not None and self._decoder.ranks > num_stages else CLOCK[2:4]
             values |= {name: totals[name] / cycles for name in names}
             values["bubble_share"] = totals["bubbles"] / cycles
