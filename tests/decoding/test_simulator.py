@@ -38,6 +38,14 @@ def test_a_small_case_by_hand() -> None:
     assert costs.steady_cycle == 4.0
 
 
+def test_the_last_rank_tells_verdicts_one_by_one() -> None:
+    """n = 4 and a head apart: four others. The last stage takes 1 + 1 + 4 x 0.5 s per cycle, longer than any other."""
+    costs = Costs((2.0, 2.0, 2.0, 1.0), 1.0, 0.5, head_alone=True, tell=0.5)
+    assert costs.others == 4 and costs.steady_cycle == 4.0
+    found = [simulate(costs, [True] * count, count).seconds for count in (101, 201)]
+    assert (found[1] - found[0]) / 100 == pytest.approx(4.0, rel=0.02)
+
+
 def test_a_head_on_its_own_rank_costs_nothing_while_it_is_faster_than_a_stage() -> None:
     verdicts = list(zip(range(300), coins(0.85), strict=False))
     accepted = [verdict for _, verdict in verdicts]
@@ -61,7 +69,7 @@ def test_no_cost_makes_it_faster_and_no_rank_does_more_than_it_can(alone: bool) 
         found = simulate(costs, verdicts, 50)
         # work of the last cycle counts on every rank, and stage 0 does it up to n - 1 cycles later than the last stage
         assert all(0 <= share * found.seconds <= found.seconds + n * costs.steady_cycle for share in found.busy)
-        for name in ("verification", "head", "send", "latency"):
+        for name in ("verification", "head", "send", "latency", "tell"):
             slower = simulate(replace(costs, **{name: getattr(costs, name) + 0.5}), verdicts, 50)
             # not exactly: whoever comes later to work that is dropped drops less of it
             assert slower.seconds >= 0.9 * found.seconds, name

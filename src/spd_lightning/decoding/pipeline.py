@@ -3,7 +3,8 @@
 Every rank runs the schedule of `schedule.py` on its own; the verdicts are all it has to be told. In cycle c a rank
 1. takes what others handed over at the end of their cycle c - 1 (hidden state, anchor states, draft),
 2. computes, WITHOUT waiting for the verdict of cycle c - 1: if that is a rejection, which is looked for between layers,
-   the work is dropped, and so it is if the verdict comes later;
+   the work is dropped, and so it is if the verdict comes later. A stage also stops between layers when the verdict of
+   cycle c itself, or of a later one, drops what it works on: the last rank may be ahead;
 3. hands its own results over, once the verdict of cycle c - 1 is known to be acceptance.
 So a verdict has a whole cycle to travel, verification and head are on nobody's path but their own rank's, and what is
 sent follows from the schedule alone: no message says what it is, none is in vain, no rank ever waits for all others.
@@ -111,7 +112,8 @@ class PipelineDecoder(SpdDecoder):
         if self.broken:
             raise RuntimeError("an earlier generation failed on this rank while the others were in it: start anew")
         if self.leads:
-            self._broadcast(_Call(prompt, max_new_tokens, verdicts.sampling, verdicts.forced_acceptance, ends))
+            forced = verdicts.forced_acceptance
+            self._broadcast(_Call(prompt, max_new_tokens, verdicts.sampling, forced, ends, observed))
         self.broken = True  # until it ends
         return RankRun(self, prompt, max_new_tokens, verdicts, ends, observed)
 
@@ -129,7 +131,7 @@ class PipelineDecoder(SpdDecoder):
                 break
             generations = None if generations is None else generations - 1
             verdicts = Verdicts(self.drafter.draft_ids, call.sampling, call.forced_acceptance)
-            run = self._run(call.prompt, call.max_new_tokens, verdicts, call.ends, observed=False)
+            run = self._run(call.prompt, call.max_new_tokens, verdicts, call.ends, call.observed)
             token, left = run.prefill(), call.max_new_tokens - 1
             while left and token not in call.ends:
                 event = run.cycle()
@@ -221,3 +223,4 @@ class _Call:
     sampling: Sampling
     forced_acceptance: float | None
     ends: frozenset[int]
+    observed: bool

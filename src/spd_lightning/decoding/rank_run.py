@@ -39,6 +39,11 @@ class Verdict:
     def of(cls, message: Sequence[int]) -> Verdict:
         return cls(message[0], bool(message[1]), bool(message[2]))
 
+    @property
+    def flushes(self) -> bool:
+        """Whether everything in flight is dropped."""
+        return self.over or not self.accepted
+
 
 class Paced:
     """Asks `useless` before every layer, when a GPU has come near it.
@@ -93,7 +98,9 @@ class RankRun:
         self.token: int | None = None  # that enters next, if it is known here
         self.in_flight: dict[int, Draft] = {}  # position -> its draft, where it is verified
         self.announced: deque[int] = deque()  # positions whose drafts are on their way to be verified
-        self.verdict: Verdict | None = None  # that has come while work was being done
+        self.heard: deque[Verdict] = (
+            deque()
+        )  # verdicts that came while work was being done, of this cycle and later ones
         self.at, self.worked = -1, -1  # the cycle this rank is in (-1: prefill), the last one it has worked for
         self.ends, self.left = ends, max_new_tokens  # new tokens that may still come
         self.stopping = False
@@ -190,10 +197,11 @@ class RankRun:
         return CycleEvent(plan, drafted, emitted, accepted)
 
     def _work(self, plan: Cycle, tentative: bool) -> None:
-        """Compute what `plan` gives to this rank, unless a rejection makes it useless on the way."""
-        useless: Callable[[], bool] | None = None
-        if tentative:
-            useless = Paced(self._useless) if self.target.device.type == "cuda" else self._useless
+        """Compute what `plan` gives to this rank, as far as it is of use.
+
+        Args:
+            tentative: the verdict of the cycle before is not known yet. If it drops this one, nothing is handed over.
+        """
         position = next((at for stage, at in plan.stages if stage == self.stage), None)
         token = self._entering_token(plan)
         states = None
@@ -204,24 +212,35 @@ class RankRun:
             else:
                 hidden = self._hidden(plan.index)
             self._begin(Work.STAGE, plan.index)
-            states = hidden.new_empty(len(self.own), self.target.hidden_size)
+            states = hidden.new_zeros(len(self.own), self.target.hidden_size)
             hidden = self.target.run_layers(
-                hidden, self.layers, position, self.rotary, self.cache, self.keep, states, useless
+                hidden, self.layers, position, self.rotary, self.cache, self.keep, states, self._abandoned(tentative)
             )
-            if useless is not None and useless():
+            if tentative and self._dropped():
                 return
             self._put_out(plan, position, hidden, states)
-            if not tentative or self.verdict is not None:  # known to be of use: nobody need wait for the head
+            if not tentative or self.heard:  # expected by the others: nobody need wait for the head
                 self._hand_over(plan.index)
         if self.decoder.drafts:
             self._take_anchors(plan.index)
-            if useless is not None and useless():
+            if tentative and self._dropped():
                 return
             self._begin(Work.HEAD, plan.index)
             self._draft(plan, token)
             if states is not None and position is not None:
                 self._keep(position, self.own, states)
         self.worked = plan.index
+
+    def _abandoned(self, tentative: bool) -> Callable[[], bool] | None:
+        """What a stage asks between its layers; where it stops, it hands over what it has, and nobody looks at it.
+
+        A draft that is shown in flight must be what it would have been, so where somebody looks at every cycle, only
+        work that is handed to nobody is abandoned.
+        """
+        if self.decoder.leads:
+            return None
+        asked = self._pointless if not self.observed else self._dropped if tentative else None
+        return Paced(asked) if asked is not None and self.target.device.type == "cuda" else asked
 
     def _put_out(self, plan: Cycle, position: int, hidden: Tensor, states: Tensor) -> None:
         """Results of a stage, to be sent when they are known to be of use."""
@@ -351,17 +370,29 @@ class RankRun:
 
     def _go_on_until_told(self) -> Verdict:
         """Work on the next cycle until the verdict of this one is here."""
-        assert self.links.mailbox is not None
-        if not self._useless():
+        if not self._dropped():
             self._work(self.schedule.plan(ahead=True), tentative=True)
-        message, self.verdict = self.verdict or self._told(), None
-        return message
+        return self.heard.popleft() if self.heard else self._told()
 
-    def _useless(self) -> bool:
-        """Whether the verdict has come that makes work on the next cycle useless."""
-        if self.verdict is None and (message := self.links.mailbox.look()) is not None:  # type: ignore[union-attr]
-            self.verdict = Verdict.of(message)
-        return self.verdict is not None and (self.verdict.over or not self.verdict.accepted)
+    def _listen(self) -> None:
+        """Take the verdicts that have come."""
+        assert self.links.mailbox is not None
+        while (message := self.links.mailbox.look()) is not None:
+            self.heard.append(Verdict.of(message))
+
+    def _dropped(self) -> bool:
+        """Whether the verdict of this cycle has come and drops the next one."""
+        self._listen()
+        return bool(self.heard) and self.heard[0].flushes
+
+    def _pointless(self) -> bool:
+        """Whether a verdict has come that drops what a stage works on, be it of this cycle or of a later one.
+
+        The position that it judged has left every stage before the last. So whatever they work on came later, and is
+        dropped. Its messages are expected all the same, up to those of the verdict's own cycle.
+        """
+        self._listen()
+        return any(verdict.flushes for verdict in self.heard)
 
     def _told(self) -> Verdict:
         """Wait for the verdict."""

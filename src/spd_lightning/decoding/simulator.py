@@ -28,6 +28,7 @@ class Costs:
         latency: from there until the other rank has it.
         head_alone: whether the head has a rank of its own; otherwise it follows stage 0 on its rank.
         layers_per_stage: dropped work ends at the next border of a layer.
+        tell: that the last stage's rank is busy with telling one other rank a verdict; it tells them one by one.
     """
 
     stages: tuple[float, ...]
@@ -37,12 +38,18 @@ class Costs:
     latency: float = 0.0
     head_alone: bool = False
     layers_per_stage: int = 4
+    tell: float = 0.0
+
+    @property
+    def others(self) -> int:
+        """Ranks that are told verdicts."""
+        return len(self.stages) - 1 + self.head_alone
 
     @property
     def steady_cycle(self) -> float:
         """Seconds of a cycle without rejections: the longest work of a rank, or a round of draft and token."""
         busy = [seconds + self.send for seconds in self.stages]
-        busy[-1] += self.verification
+        busy[-1] += self.verification + self.tell * self.others
         if not self.head_alone:
             busy[0] += self.head
             return max(busy)
@@ -114,74 +121,94 @@ class _Play:
         while emitted < len(verdicts):
             plan = schedule.plan()
             ahead = schedule.plan(ahead=True)
-            at = self._cycle(plan)
             if plan.leaving is None:
+                self._cycle(plan, accepted=True)
                 schedule.advance(None)
                 continue
             accepted = verdicts[emitted]
             emitted += 1
-            self.told = [at + (0.0 if rank == self.n - 1 else self.costs.latency) for rank in range(len(self.free))]
+            at = self._cycle(plan, accepted)
             schedule.advance(accepted)
             if not accepted:
                 self._drop(ahead)
         share = tuple(busy / at if at else 0.0 for busy in self.busy)
         return Simulated(at, schedule.cycle, len(verdicts), share)
 
-    def _cycle(self, plan: Cycle) -> float:
-        """All ranks' work of one cycle; returns when the last stage has verified."""
+    def _cycle(self, plan: Cycle, accepted: bool) -> float:
+        """All ranks' work of one cycle; returns when the last stage has verified.
+
+        The last stage comes first: stages that are still at work when a rejection is told stop there.
+        """
         costs, n = self.costs, self.n
-        holds = {stage for stage, _ in plan.stages}
         hidden, sent_anchors = list(self.hidden), 0.0
-        verified, entering = 0.0, self.entering
-        for stage in sorted(holds):
+        verified, entering, told = 0.0, self.entering, list(self.told)
+        for stage in sorted((stage for stage, _ in plan.stages), reverse=True):
             begin = max(self.free[stage], entering if stage == 0 else self.hidden[stage])
-            done = self._work(stage, begin, costs.stages[stage])
+            if stage < n - 1 and not accepted:
+                done = begin + self._work(stage, self._until_told(stage, begin, costs.stages[stage]))
+            else:
+                done = begin + self._work(stage, costs.stages[stage])
             beside = stage == 0 and not costs.head_alone
-            known = self.told[stage] <= done or not beside  # else the head comes first, and results wait for both
-            sent = max(done, self.told[stage]) if known else done
+            known = told[stage] <= done or not beside  # else the head comes first, and results wait for both
+            sent = max(done, told[stage]) if known else done
             if beside:
                 begin = max(sent + (costs.send if known else 0.0), self.anchors)
-                drafted = self._work(stage, begin, costs.head)
-                sent = sent if known else max(drafted, self.told[stage])
-                self.free[stage] = max(drafted, self.told[stage]) + (0.0 if known else costs.send)
-                self.busy[stage] += costs.send
+                drafted = begin + self._work(stage, costs.head)
+                sent = sent if known else max(drafted, told[stage])
+                self.free[stage] = max(drafted, told[stage]) + (0.0 if known else costs.send)
                 self.entering = self.free[stage]
             else:
                 self.free[stage] = sent + costs.send
-                self.busy[stage] += costs.send
+            self._work(stage, costs.send)
             arrives = sent + costs.send + costs.latency
             if stage + 1 < n:
                 hidden[stage + 1] = arrives
             sent_anchors = max(sent_anchors, arrives if stage != self.head else sent)
             if stage == n - 1:
-                verified = self._work(stage, self.free[stage], costs.verification)
+                verified = self.free[stage] + self._work(stage, costs.verification)
                 self.free[stage] = verified
+                if plan.leaving is not None:
+                    self._tell(verified)
         if costs.head_alone:
             begin = max(self.free[n], self.anchors, self.own_draft)
-            drafted = max(self._work(n, begin, costs.head), self.told[n])
-            self.free[n] = self.own_draft = drafted + costs.send
-            self.busy[n] += costs.send
+            drafted = max(begin + self._work(n, costs.head), told[n])
+            self.free[n] = self.own_draft = drafted + self._work(n, costs.send)
             self.entering = drafted + costs.send + costs.latency
         self.hidden, self.anchors = hidden, sent_anchors
         return verified
 
+    def _until_told(self, rank: int, begin: float, seconds: float) -> float:
+        """How long a stage works if it stops at the first border of a layer at which it knows of a rejection."""
+        piece = seconds / self.costs.layers_per_stage
+        if piece <= 0:
+            return seconds
+        pieces = max(0, -(-(self.told[rank] - begin) // piece))
+        return min(seconds, pieces * piece)
+
+    def _tell(self, at: float) -> None:
+        """The last stage's rank sends its verdict to every other one, in their order."""
+        costs, last = self.costs, self.n - 1
+        others = [rank for rank in range(len(self.free)) if rank != last]
+        for number, rank in enumerate(others, start=1):
+            self.told[rank] = at + number * costs.tell + costs.latency
+        self.told[last] = at
+        self.free[last] = at + self._work(last, len(others) * costs.tell)
+
     def _drop(self, ahead: Cycle) -> None:
         """A rejection: whoever works on the next cycle already stops at the next border of a layer."""
-        costs = self.costs
-        piece = {stage: costs.stages[stage] / costs.layers_per_stage for stage, _ in ahead.stages}
+        stages = {stage for stage, _ in ahead.stages}
         for rank in range(len(self.free)):
             told, begin = self.told[rank], self.free[rank]
             end = told
-            if rank in piece and piece[rank] > 0 and rank != self.n - 1:
+            if rank in stages and rank != self.n - 1:
                 begin = max(begin, self.entering if rank == 0 else self.hidden[rank])
                 if begin < told:
-                    pieces = -(-(told - begin) // piece[rank])
-                    end = max(told, begin + min(pieces, costs.layers_per_stage) * piece[rank])
-                    self.busy[rank] += min(pieces, costs.layers_per_stage) * piece[rank]
+                    end = max(told, begin + self._work(rank, self._until_told(rank, begin, self.costs.stages[rank])))
             self.free[rank] = max(self.free[rank], end)
         self.entering = self.told[0]
         self.own_draft = self.told[self.head]
 
-    def _work(self, rank: int, begin: float, seconds: float) -> float:
+    def _work(self, rank: int, seconds: float) -> float:
+        """So much work on a rank."""
         self.busy[rank] += seconds
-        return begin + seconds
+        return seconds
