@@ -55,6 +55,23 @@ def interleaved(cases: Mapping[str, Callable[[], object]], repeats: int, title: 
     return timings
 
 
+def cores_of_others(seconds: float = 2.0) -> float | None:
+    """Processor cores that other processes keep busy now: what is measured next to them is not worth much.
+
+    None where the system does not tell.
+    """
+    if not Path("/proc/stat").exists():
+        return None
+
+    def busy() -> float:
+        ticks = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+        return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")  # all but idle and waiting for disks
+
+    before = busy()
+    time.sleep(seconds)
+    return round((busy() - before) / seconds, 2)
+
+
 def median_wall(runs: list[Timing]) -> float:
     return statistics.median(run.wall for run in runs)
 

@@ -22,7 +22,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch  # noqa: E402
-from common import renew_readme, write_record  # noqa: E402
+from common import cores_of_others, renew_readme, write_record  # noqa: E402
 from pipeline import Size, leave, numbers, target_of  # noqa: E402
 
 from spd_lightning.decoding.drafters import PromptLookupDrafter  # noqa: E402
@@ -111,13 +111,14 @@ def main() -> int:
     if launched():
         as_rank(options)
         return 0
+    busy = cores_of_others()
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder) / "found.json"
         status = run_ranks([sys.executable, *sys.argv, "--raw", str(raw)], 3, threads=1)
         if status:
             return status
         found = json.loads(raw.read_text())
-    write_record("hidden_head", found, threads=1)
+    write_record("hidden_head", {"cores_of_others_before": busy, **found}, threads=1)
     print(markdown(found["rows"]))
     renew_readme("hidden head", markdown(found["rows"]), "docs/pipeline.md")
     return 0

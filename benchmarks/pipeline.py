@@ -3,10 +3,10 @@
 Random fp32 targets of about 50M, 150M and 400M parameters; forced acceptance, so that speed does not depend on a
 trained head; n = 2, the head (1 layer, 4,096 draft ids) beside stage 0, which gets fewer layers for it. All arms take
 turns in ONE run; the table gives medians of ratios within a turn. Also measured: transformers' own generate, the memory
-bandwidth that one core gets alone and that two get together (which bounds everything here), and the cost of a cycle
-whose stages are nearly empty.
+bandwidth that one core gets alone and that two get together (which bounds everything here), what a message costs, and
+a cycle whose stages are empty. It needs two cores for itself, and refuses to measure where others keep them busy.
 
-    .venv/bin/python benchmarks/pipeline.py                    writes records/pipeline.json, about 15 minutes
+    .venv/bin/python benchmarks/pipeline.py                    writes records/pipeline.json, about 12 minutes
     .venv/bin/python benchmarks/pipeline.py --sizes 50M --repeats 2 --name try
 """
 
@@ -27,15 +27,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from common import RECORDS, ROOT, renew_readme, write_record  # noqa: E402
+from common import RECORDS, ROOT, cores_of_others, renew_readme, write_record  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
 from spd_lightning.decoding.decoder import autoregressive_generate  # noqa: E402
 from spd_lightning.decoding.drafters import PromptLookupDrafter  # noqa: E402
 from spd_lightning.decoding.launch import launched, member, run_ranks  # noqa: E402
+from spd_lightning.decoding.links import Link  # noqa: E402
 from spd_lightning.decoding.pipeline import PipelineDecoder  # noqa: E402
 from spd_lightning.decoding.simulator import Costs, simulate  # noqa: E402
-from spd_lightning.decoding.trace import Work, breakdown  # noqa: E402
+from spd_lightning.decoding.trace import DECODING, Work, breakdown  # noqa: E402
 from spd_lightning.head.loading import new_head  # noqa: E402
 from spd_lightning.report.timeline import plot_timeline  # noqa: E402
 from spd_lightning.staircase import Staircase, default_anchors  # noqa: E402
@@ -44,12 +45,14 @@ from spd_lightning.target.target import Target  # noqa: E402
 
 @dataclass(frozen=True)
 class Size:
-    """A Llama of random weights."""
+    """A Llama of random weights; heads of 64 where nothing else is said."""
 
     hidden: int
     intermediate: int
     layers: int
     vocab: int
+    heads: int | None = None
+    head_dim: int = 64
 
 
 SIZES = {
@@ -57,24 +60,26 @@ SIZES = {
     "150M": Size(768, 2048, 18, 16384),
     "400M": Size(1024, 2816, 28, 16384),
 }
-EMPTY = Size(1024, 8, 2, 64)
+#: Hidden states of a usual size, and hardly a weight: what is left of a cycle is hand-over, verdict and Python.
+EMPTY = Size(1024, 8, 2, 64, heads=1, head_dim=8)
 ACCEPTANCES = (0.7, 0.85, 1.0)
 DRAFT_IDS = 4096
 PROMPT, NEW = 16, 96
 PICTURED = ("150M", 0.85)
-#: Seconds from sending to having it, gloo on one machine: half of a round trip of one message.
-LATENCY = 51e-6
+#: Cores that others may keep busy while something is measured.
+QUIET = 0.1
 
 
 def target_of(size: Size) -> Target:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    heads = size.hidden // 64
+    heads = size.heads or size.hidden // 64
     config = LlamaConfig(
         hidden_size=size.hidden, intermediate_size=size.intermediate, num_hidden_layers=size.layers,
-        num_attention_heads=heads, num_key_value_heads=max(1, heads // 2), vocab_size=size.vocab,
-        max_position_embeddings=2048, tie_word_embeddings=False, bos_token_id=None, eos_token_id=None,
+        num_attention_heads=heads, num_key_value_heads=max(1, heads // 2), head_dim=size.head_dim,
+        vocab_size=size.vocab, max_position_embeddings=2048, tie_word_embeddings=False, bos_token_id=None,
+        eos_token_id=None,
     )  # fmt: skip
     return Target(LlamaForCausalLM(config).float())
 
@@ -132,7 +137,27 @@ def library(target: Target, prompt: list[int], threads: int) -> float:
     return (NEW - 1) / (seconds[1] - seconds[0])
 
 
-def measure_size(name: str, repeats: int, leads: bool) -> dict[str, Any] | None:
+def measure_link(rank: int, messages: int = 2000) -> dict[str, float]:
+    """Seconds of a hidden state of 1,024 numbers from rank to rank, half a round trip; and that a send takes."""
+    group, shape = dist.new_group([0, 1], backend="gloo"), (1024,)
+    ways = [Link(a, 1 - a, shape, torch.float32, torch.device("cpu"), group, tag=1, slots=4) for a in (0, 1)]
+    mine, theirs, message = ways[rank], ways[1 - rank], torch.zeros(shape)
+    rounds, sends = [], []
+    for _ in range(messages):
+        if rank:
+            theirs.receive()
+        began = time.perf_counter()
+        mine.send(message)
+        sends.append(time.perf_counter() - began)
+        if not rank:
+            theirs.receive()
+            rounds.append(time.perf_counter() - began)
+    both: list[Any] = [None, None]
+    dist.all_gather_object(both, statistics.median(rounds) / 2 if rounds else 0.0)
+    return {"latency": max(both), "send": statistics.median(sends)}
+
+
+def measure_size(name: str, repeats: int, leads: bool, latency: float) -> dict[str, Any] | None:
     size = SIZES[name]
     target = target_of(size)
     # the head's size depends on its anchors, and those on the split: it is made once for an even split to count it
@@ -155,9 +180,8 @@ def measure_size(name: str, repeats: int, leads: bool) -> dict[str, Any] | None:
         one: dict[str, Any] = {}
         one["plain, 1 core"] = turn(lambda: plain(target, prompt, 1), leads)
         one["plain, 2 cores"] = turn(lambda: plain(target, prompt, 2), leads)
-        if number % 2:
-            one["transformers, 1 core"] = turn(lambda: library(target, prompt, 1), leads)
-            one["transformers, 2 cores"] = turn(lambda: library(target, prompt, 2), leads)
+        one["transformers, 1 core"] = turn(lambda: library(target, prompt, 1), leads)
+        one["transformers, 2 cores"] = turn(lambda: library(target, prompt, 2), leads)
         for p in ACCEPTANCES:
             if leads:
                 found = decoder.generate(prompt, NEW, eos_token_id=[], forced_acceptance=p, seed=number)
@@ -187,8 +211,28 @@ def measure_size(name: str, repeats: int, leads: bool) -> dict[str, Any] | None:
         "parameters": numbers(target.model), "layers_per_stage": list(layers), "megabytes_per_token": whole / 1e6,
         "megabytes_per_rank": [share / 1e6 for share in shares], "turns": turns, "cycle": tables,
         "results": results(turns, whole / 2 / max(shares)),
-        "simulated": simulated(played, layers[0]),
+        "rest": {p: where_the_rest_goes(runs, turns, shares, whole) for p, runs in played.items()},
+        "simulated": simulated(played, layers[0], latency),
     }  # fmt: skip
+
+
+def where_the_rest_goes(
+    runs: list[Any], turns: list[dict[str, Any]], shares: list[int], whole: int
+) -> dict[str, dict[str, float]]:
+    """Milliseconds per cycle and rank: what its bytes take in plain decoding on one core, and what comes on top of it.
+
+    Plain decoding reads the whole target per token, so the bytes of a rank's share take their part of its time.
+    """
+    plain = statistics.median(1e3 / one["plain, 1 core"] for one in turns)
+    found = {}
+    for rank, share in enumerate(shares):
+        parts = {work: statistics.median(one[2].parts[rank][work] for one in runs) for work in Work if work in DECODING}
+        work = parts[Work.STAGE] + parts[Work.HEAD] + parts[Work.VERIFY]
+        found[f"rank {rank}"] = {
+            "by_bytes": plain * share / whole, "work": work, "hand_over": parts[Work.HAND_OVER],
+            "idle": parts[Work.IDLE], "cycle": work + parts[Work.HAND_OVER] + parts[Work.IDLE],
+        }  # fmt: skip
+    return found
 
 
 def leave(decoder: PipelineDecoder) -> None:
@@ -222,7 +266,7 @@ def results(turns: list[dict[str, Any]], balance: float) -> list[dict[str, Any]]
     return rows
 
 
-def simulated(played: dict[str, list[Any]], layers: int) -> dict[str, Any]:
+def simulated(played: dict[str, list[Any]], layers: int, latency: float) -> dict[str, Any]:
     """Predicted over measured seconds: costs from the runs without rejections, verdicts as they fell."""
     parts = [one[2].parts for one in played["1.0"]]
 
@@ -234,7 +278,7 @@ def simulated(played: dict[str, list[Any]], layers: int) -> dict[str, Any]:
         verification=mean(1, Work.VERIFY),
         head=mean(0, Work.HEAD),
         send=max(mean(0, Work.HAND_OVER), mean(1, Work.HAND_OVER)),
-        latency=LATENCY,
+        latency=latency,
         layers_per_stage=layers,
     )
     ratios = {
@@ -263,10 +307,10 @@ def measure_hand_over(leads: bool) -> dict[str, Any] | None:
     if not leads:
         return None
     parts = breakdown(spans, one.cycles)
-    alone = autoregressive_generate(target, prompt, 500, eos_token_id=[])
+    alone = [autoregressive_generate(target, prompt, 500, eos_token_id=[]).decode_seconds for _ in range(3)]
     return {
         "microseconds_per_cycle": statistics.median(found[1:]),
-        "microseconds_per_token_of_the_same_work_in_one_process": 1e6 * alone.decode_seconds / 499,
+        "microseconds_per_token_of_the_same_work_in_one_process": 1e6 * statistics.median(alone) / 499,
         "table": parts.table(decoder.roles.names).splitlines(),
     }
 
@@ -281,10 +325,11 @@ def as_rank(options: argparse.Namespace) -> None:
         together = [None, None]
         dist.all_gather_object(together, both)
         found: dict[str, Any] = {"bandwidth_one_core": one, "bandwidth_together": together}
+        found["link"] = link = measure_link(me.rank)
         found["hand_over"] = measure_hand_over(leads)
         found["sizes"] = {}
         for name in options.sizes:
-            found["sizes"][name] = measure_size(name, options.repeats, leads)
+            found["sizes"][name] = measure_size(name, options.repeats, leads, link["latency"])
             if leads:
                 print(name, json.dumps(found["sizes"][name]["results"], indent=1), flush=True)
                 Path(options.raw).write_text(json.dumps(found))
@@ -309,6 +354,7 @@ def markdown(found: dict[str, Any]) -> str:
 def page(found: dict[str, Any]) -> str:
     """What docs/pipeline.md says of the record."""
     machine, hand = found["machine"], found["hand_over"]
+    alone_ms = hand["microseconds_per_token_of_the_same_work_in_one_process"] / 1e3
     two = ", ".join(f"{rate:.1f}" for rate in found["bandwidth_together"])
     lines = [
         f"`{' '.join(found['argv'])}`, {found['date'][:10]}, commit {(found['commit'] or '-')[:7]}, torch "
@@ -319,9 +365,11 @@ def page(found: dict[str, Any]) -> str:
         "",
         f"One core alone reads {found['bandwidth_one_core']:.1f} GB/s, two at once {two} GB/s.",
         "",
-        f"A cycle of two nearly empty stages (one small layer each, hidden size {EMPTY.hidden}) takes "
-        f"{hand['microseconds_per_cycle'] / 1e3:.2f} ms, the same work in one process "
-        f"{hand['microseconds_per_token_of_the_same_work_in_one_process'] / 1e3:.2f} ms per token. Where it goes:",
+        f"Hand-over by gloo: a hidden state of 1,024 numbers is with the other rank after "
+        f"{1e6 * found['link']['latency']:.0f} microseconds, and sending it takes a rank "
+        f"{1e6 * found['link']['send']:.0f}. A cycle of two empty stages (one layer of hardly any weights each, "
+        f"hidden size {EMPTY.hidden}) takes {hand['microseconds_per_cycle'] / 1e3:.2f} ms; the same two layers and "
+        f"lm_head in one process take {alone_ms:.2f} ms per token. Where it goes:",
         "",
         *hand["table"],
         "",
@@ -329,15 +377,30 @@ def page(found: dict[str, Any]) -> str:
     for name, one in found["sizes"].items():
         ratios = one["simulated"]["predicted_over_measured"]
         told = ", ".join(f"{ratio:.2f} at p = {float(p):g}" for p, ratio in ratios.items())
+        two = one["results"][0]["plain_two_over_one_core"]
         lines += [
             f"**{name}**: {one['parameters'] / 1e6:.0f}M parameters, layers {one['layers_per_stage']}, MB read per "
             f"token and rank {[round(share) for share in one['megabytes_per_rank']]} of "
-            f"{one['megabytes_per_token']:.0f}. Simulated over measured seconds: {told}. A cycle at p = 0.85:",
+            f"{one['megabytes_per_token']:.0f}. Plain decoding on both cores is {two:.2f} times as fast as on one. "
+            f"Simulated over measured seconds: {told}. A cycle, in milliseconds:",
             "",
-            *one["cycle"]["0.85"]["table"],
+            *rest(one["rest"]),
             "",
         ]
     return "\n".join(lines).rstrip()
+
+
+def rest(of: dict[str, Any]) -> list[str]:
+    """Rows of where a cycle's time goes, for every acceptance and rank."""
+    lines = [
+        "| p | rank | its bytes, read as in plain decoding | stage, head, verification | hand-over | idle | cycle |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for p, ranks in of.items():
+        for rank, parts in ranks.items():
+            values = (parts[name] for name in ("by_bytes", "work", "hand_over", "idle", "cycle"))
+            lines.append(f"| {float(p):g} | {rank} | " + " | ".join(f"{value:.2f}" for value in values) + " |")
+    return lines
 
 
 def renew(found: dict[str, Any]) -> None:
@@ -351,6 +414,7 @@ def main() -> int:
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=SIZES)
     parser.add_argument("--repeats", type=int, default=6)
     parser.add_argument("--name", default="pipeline", help="of the record")
+    parser.add_argument("--anyway", action="store_true", help="also where other processes keep the cores busy")
     parser.add_argument("--raw", help=argparse.SUPPRESS)
     parser.add_argument("--table", action="store_true", help="renew docs/pipeline.md from the record, measure nothing")
     options = parser.parse_args()
@@ -360,13 +424,17 @@ def main() -> int:
     if launched():
         as_rank(options)
         return 0
+    busy = cores_of_others()
+    if busy is not None and busy > QUIET and not options.anyway:
+        print(f"Other processes keep {busy} cores busy: end them, or measure --anyway, for a try.", file=sys.stderr)
+        return 2
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder) / "found.json"
         status = run_ranks([sys.executable, *sys.argv, "--raw", str(raw)], 2, threads=1)
         if status:
             return status
         found = json.loads(raw.read_text())
-    written = write_record(options.name, found, threads=1)
+    written = write_record(options.name, {"cores_of_others_before": busy, **found}, threads=1)
     print(markdown(found))
     if options.name == "pipeline":
         renew(json.loads(written.read_text()))

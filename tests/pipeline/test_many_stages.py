@@ -175,7 +175,7 @@ def test_a_rank_on_a_gpu_asks_for_verdicts_no_further_than_two_layers_ahead_of_t
 def test_a_stage_stops_between_layers_when_its_own_cycle_is_rejected(
     make_target: MakeTarget, monkeypatch: pytest.MonkeyPatch, observed: bool
 ) -> None:
-    """Stage 0 has four slow layers, stage 1 a quick one, every draft is wrong: half of stage 0's work is for nothing."""
+    """Four slow layers and a quick one, and every draft is wrong: half of the work of stage 0 is for nothing."""
     target, head = pair(make_target, "llama", [4, 1], 0, num_layers=1)
     calls, plain = [0], target.run_layer
 

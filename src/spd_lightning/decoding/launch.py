@@ -260,7 +260,7 @@ def run_ranks(
     }  # fmt: skip
     processes: list[subprocess.Popen[bytes]] = []
     beats = Beats(store, workers, patience)
-    with _signals_as_interrupt():
+    with _signals_as_interrupt() as came:
         try:
             for rank in range(workers):
                 own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
@@ -269,6 +269,9 @@ def run_ranks(
             message, status = _watched(processes, beats)
         except KeyboardInterrupt:
             _end(processes, grace=3.0)
+            if came:
+                print(f"error: ended by {signal.Signals(came[0]).name}", file=sys.stderr, flush=True)
+                return 128 + came[0]
             raise
         _end(processes, grace=0.0 if message else 5.0)
     if message is not None:
@@ -332,20 +335,23 @@ def _end(processes: Sequence[subprocess.Popen[bytes]], grace: float) -> None:
 
 
 @contextlib.contextmanager
-def _signals_as_interrupt() -> Iterator[None]:
-    """SIGTERM ends workers as Ctrl-C does."""
+def _signals_as_interrupt() -> Iterator[list[int]]:
+    """SIGTERM and a closed terminal end workers as Ctrl-C does; yields a list that holds the one that came."""
+    came: list[int] = []
 
     def interrupt(number: int, frame: Any) -> None:
+        came.append(number)
         raise KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield came
         return
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
-        yield
+        yield came
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _die_with_parent() -> None:
