@@ -83,7 +83,7 @@ def go(base_fields: dict[str, Any]) -> Callable[..., Done]:
 
 
 def start_ranks(command: Sequence[str], folder: Path, ranks: int, limit: float) -> list[str]:
-    """Start the same command for every rank as torchrun would, wait, and return what each printed."""
+    """Start the same command for every rank as torchrun would, wait, and return what each printed and its status."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -114,9 +114,9 @@ def start_ranks(command: Sequence[str], folder: Path, ranks: int, limit: float) 
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     texts = []
-    for file in files:
+    for file, process in zip(files, processes, strict=True):
         file.seek(0)
-        texts.append(file.read())
+        texts.append(f"{file.read()}\nEXIT {process.returncode}\n")
         file.close()
     return texts
 

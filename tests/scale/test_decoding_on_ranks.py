@@ -44,8 +44,9 @@ def two(go: Go, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     cases = [Case(strategy, fields(2, strategy)) for strategy in strategies]
     cases.append(Case("four-stages", fields(2, "ddp", model__num_stages=4, model__stage_layers=None)))
     cases.append(Case("half", fields(2, "ddp", trainer__precision="bf16-mixed")))
+    cases.append(Case("stopped", fields(2, "ddp", trainer__max_steps=50), stop_at=4))
     done = go(folder, cases, ranks=2)
-    assert set(done.returned.values()) == {0}, done.output
+    assert done.returned.pop("stopped") == 143 and set(done.returned.values()) == {0}, done.output
     return folder, done.output
 
 
@@ -73,6 +74,13 @@ def test_fewer_ranks_than_stages_decode_in_process_and_say_so_once(two: tuple[Pa
     assert output.count("Validation decodes in process (2 ranks for 4 stages): wall clock is not measured.") == 1
     assert not logged(folder / "four-stages", "val/wall_clock_speedup")
     assert logged(folder / "four-stages", "val/decoding_seconds_simulated")
+
+
+def test_a_run_that_is_stopped_after_a_validation_ends_by_itself(two: tuple[Path, str]) -> None:
+    """A thread that still waited for verdicts would have the process aborted."""
+    folder, output = two
+    assert len(logged(folder / "stopped", "val/wall_clock_speedup")) == 1
+    assert output.count("EXIT 0\n") == 2, output[-3000:]
 
 
 def test_a_third_rank_has_the_head_alone_and_its_slack_is_logged(go: Go, alone: Path, tmp_path: Path) -> None:
