@@ -19,6 +19,8 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -114,26 +116,36 @@ def turn(what: Any, leads: bool) -> Any:
     return found
 
 
-def plain(target: Target, prompt: list[int], threads: int) -> float:
-    torch.set_num_threads(threads)
-    found = autoregressive_generate(target, prompt, NEW, eos_token_id=[])
+@contextmanager
+def on_cores(count: int) -> Iterator[None]:
+    """One thread on this rank's own core, or a thread on each of both."""
+    own = os.sched_getaffinity(0)
+    if count > 1:
+        os.sched_setaffinity(0, range(os.cpu_count() or 1))
+    torch.set_num_threads(count)
+    yield
     torch.set_num_threads(1)
+    os.sched_setaffinity(0, own)
+
+
+def plain(target: Target, prompt: list[int], cores: int) -> float:
+    with on_cores(cores):
+        found = autoregressive_generate(target, prompt, NEW, eos_token_id=[])
     return (NEW - 1) / found.decode_seconds
 
 
-def library(target: Target, prompt: list[int], threads: int) -> float:
+def library(target: Target, prompt: list[int], cores: int) -> float:
     """transformers' generate, its prefill taken off by a run of one token."""
-    torch.set_num_threads(threads)
     ids = torch.tensor([prompt])
     seconds = []
-    for new in (1, NEW):
-        began = time.perf_counter()
-        target.model.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, min_new_tokens=new, max_new_tokens=new,
-            pad_token_id=0,
-        )  # fmt: skip
-        seconds.append(time.perf_counter() - began)
-    torch.set_num_threads(1)
+    with on_cores(cores):
+        for new in (1, NEW):
+            began = time.perf_counter()
+            target.model.generate(
+                ids, attention_mask=torch.ones_like(ids), do_sample=False, min_new_tokens=new, max_new_tokens=new,
+                pad_token_id=0,
+            )  # fmt: skip
+            seconds.append(time.perf_counter() - began)
     return (NEW - 1) / (seconds[1] - seconds[0])
 
 

@@ -59,6 +59,8 @@ class Member:
         self.role, self.state = "starting", "starting"
         if _STARTED_HERE in os.environ:
             _die_with_parent()
+        elif hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) == os.cpu_count():  # nobody chose cores
+            pin(0, int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         limit = timedelta(seconds=patience)
         host, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ.get("MASTER_PORT", "29500"))
         agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -227,6 +229,21 @@ def _cycle(state: str) -> int:
     return int(words[1]) if words[:1] == ["cycle"] else 0
 
 
+def pin(process: int, rank: int, ranks: int) -> None:
+    """Give a process (0: this one) its own share of the cores; where there are fewer cores than ranks, none.
+
+    A rank's threads (its work, gloo, verdicts) then never disturb another rank's work: on two cores a cycle of empty
+    stages takes a third of the time.
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        return
+    cores = sorted(os.sched_getaffinity(0))
+    share = len(cores) // ranks
+    if share:
+        with contextlib.suppress(OSError):  # a process that is gone already, or a place that forbids it
+            os.sched_setaffinity(process, cores[rank * share : (rank + 1) * share])
+
+
 # -- the process that starts them --------------------------------------------------------------------------------------
 
 
@@ -266,6 +283,7 @@ def run_ranks(
                 own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
                 environment = {"OMP_NUM_THREADS": str(threads), **os.environ, **common, **own}
                 processes.append(subprocess.Popen(list(command), env=environment))
+                pin(processes[-1].pid, rank, workers)
             message, status = _watched(processes, beats)
         except KeyboardInterrupt:
             _end(processes, grace=3.0)
