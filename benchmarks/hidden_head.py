@@ -26,9 +26,10 @@ from common import cores_of_others, renew_readme, write_record  # noqa: E402
 from pipeline import Size, leave, numbers, target_of  # noqa: E402
 
 from spd_lightning.decoding.drafters import PromptLookupDrafter  # noqa: E402
-from spd_lightning.decoding.launch import launched, member, run_ranks  # noqa: E402
+from spd_lightning.decoding.launch import launched, member  # noqa: E402
 from spd_lightning.decoding.pipeline import PipelineDecoder  # noqa: E402
 from spd_lightning.decoding.trace import Work, breakdown  # noqa: E402
+from spd_lightning.decoding.workers import run_ranks  # noqa: E402
 from spd_lightning.head.loading import new_head  # noqa: E402
 from spd_lightning.staircase import Staircase  # noqa: E402
 

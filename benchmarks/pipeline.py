@@ -19,8 +19,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,11 +34,12 @@ from torch.nn import functional as F  # noqa: E402
 
 from spd_lightning.decoding.decoder import autoregressive_generate  # noqa: E402
 from spd_lightning.decoding.drafters import PromptLookupDrafter  # noqa: E402
-from spd_lightning.decoding.launch import launched, member, run_ranks  # noqa: E402
+from spd_lightning.decoding.launch import launched, member  # noqa: E402
 from spd_lightning.decoding.links import Link  # noqa: E402
 from spd_lightning.decoding.pipeline import PipelineDecoder  # noqa: E402
 from spd_lightning.decoding.simulator import Costs, simulate  # noqa: E402
 from spd_lightning.decoding.trace import DECODING, Work, breakdown  # noqa: E402
+from spd_lightning.decoding.workers import run_ranks  # noqa: E402
 from spd_lightning.head.loading import new_head  # noqa: E402
 from spd_lightning.report.timeline import plot_timeline  # noqa: E402
 from spd_lightning.staircase import Staircase, default_anchors  # noqa: E402
@@ -109,6 +110,18 @@ def bandwidth(megabytes: int = 400, repeats: int = 5) -> float:
     return statistics.median(rates)
 
 
+def layers_ms(target: Target, layers: range, tokens: int = 24) -> float:
+    """Milliseconds of some layers for one token, alone in this process."""
+    cache, rotary = target.new_cache(tokens), target.rotary_table(tokens)
+    hidden, nothing, found = target.embed(1), torch.empty(0, target.hidden_size), []
+    with torch.inference_mode():
+        for position in range(tokens):
+            began = time.perf_counter()
+            target.run_layers(hidden, layers, position, rotary, cache, {}, nothing)
+            found.append(time.perf_counter() - began)
+    return 1e3 * statistics.median(found)
+
+
 def turn(what: Any, leads: bool) -> Any:
     """What the leader measures while the other rank waits without using its core."""
     found = what() if leads else None
@@ -119,13 +132,25 @@ def turn(what: Any, leads: bool) -> Any:
 @contextmanager
 def on_cores(count: int) -> Iterator[None]:
     """One thread on this rank's own core, or a thread on each of both."""
+    with on_all_cores() if count > 1 else nullcontext():
+        torch.set_num_threads(count)
+        yield
+        torch.set_num_threads(1)
+
+
+@contextmanager
+def on_all_cores() -> Iterator[None]:
+    """All threads of this process on any core, as if its rank had none of its own."""
     own = os.sched_getaffinity(0)
-    if count > 1:
-        os.sched_setaffinity(0, range(os.cpu_count() or 1))
-    torch.set_num_threads(count)
+    _place(range(os.cpu_count() or 1))
     yield
-    torch.set_num_threads(1)
-    os.sched_setaffinity(0, own)
+    _place(own)
+
+
+def _place(cores: Iterable[int]) -> None:
+    for thread in os.listdir("/proc/self/task"):
+        with suppress(OSError):  # it ended meanwhile
+            os.sched_setaffinity(int(thread), cores)
 
 
 def plain(target: Target, prompt: list[int], cores: int) -> float:
@@ -185,6 +210,10 @@ def measure_size(name: str, repeats: int, leads: bool, latency: float) -> dict[s
         4 * (layers[1] * numbers(target.layer(0)) + numbers(target.lm_head)),
     ]
     whole = 4 * (target.num_layers * numbers(target.layer(0)) + numbers(target.lm_head))
+    own = range(layers[0], sum(layers)) if leads else range(layers[0])
+    alone_ms = turn(lambda: layers_ms(target, own), leads)
+    beside_ms = layers_ms(target, own)  # both ranks at once
+    dist.barrier()
     turns: list[dict[str, Any]] = []
     tables: dict[str, Any] = {}
     played: dict[str, list[Any]] = {str(p): [] for p in ACCEPTANCES}
@@ -222,6 +251,7 @@ def measure_size(name: str, repeats: int, leads: bool, latency: float) -> dict[s
     return {
         "parameters": numbers(target.model), "layers_per_stage": list(layers), "megabytes_per_token": whole / 1e6,
         "megabytes_per_rank": [share / 1e6 for share in shares], "turns": turns, "cycle": tables,
+        "stage_alone_ms": alone_ms, "stage_beside_ms": beside_ms,
         "results": results(turns, whole / 2 / max(shares)),
         "rest": {p: where_the_rest_goes(runs, turns, shares, whole) for p, runs in played.items()},
         "simulated": simulated(played, layers[0], latency),
@@ -307,23 +337,29 @@ def measure_hand_over(leads: bool) -> dict[str, Any] | None:
     assert target.stage_layers is not None
     drafter = PromptLookupDrafter(Staircase(target.stage_layers, default_anchors(target.stage_layers)), EMPTY.vocab)
     decoder = PipelineDecoder(target, drafter, traced=True)
-    prompt, found = list(range(16)), []
-    for number in range(6):
-        if leads:
-            one = decoder.generate(prompt, 500, eos_token_id=[], forced_acceptance=1.0, seed=number)
-            found.append(1e6 * one.decode_seconds / one.cycles)
-        else:
-            decoder.follow(generations=1)
-    spans = decoder.spans_of_all()
+    prompt = list(range(16))
+    found: dict[str, list[float]] = {"own core": [], "any core": []}
+    for number in range(12):
+        arm = list(found)[number % 2]
+        with on_all_cores() if arm == "any core" else nullcontext():
+            dist.barrier()
+            if leads:
+                one = decoder.generate(prompt, 500, eos_token_id=[], forced_acceptance=1.0, seed=number)
+                found[arm].append(1e6 * one.decode_seconds / one.cycles)
+            else:
+                decoder.follow(generations=1)
+            spans = decoder.spans_of_all()
+        if arm == "own core" and leads:
+            table = breakdown(spans, one.cycles).table(decoder.roles.names)
     leave(decoder)
     if not leads:
         return None
-    parts = breakdown(spans, one.cycles)
     alone = [autoregressive_generate(target, prompt, 500, eos_token_id=[]).decode_seconds for _ in range(3)]
     return {
-        "microseconds_per_cycle": statistics.median(found[1:]),
+        "microseconds_per_cycle": statistics.median(found["own core"][1:]),
+        "microseconds_per_cycle_on_any_core": statistics.median(found["any core"][1:]),
         "microseconds_per_token_of_the_same_work_in_one_process": 1e6 * statistics.median(alone) / 499,
-        "table": parts.table(decoder.roles.names).splitlines(),
+        "table": table.splitlines(),
     }
 
 
@@ -381,7 +417,8 @@ def page(found: dict[str, Any]) -> str:
         f"{1e6 * found['link']['latency']:.0f} microseconds, and sending it takes a rank "
         f"{1e6 * found['link']['send']:.0f}. A cycle of two empty stages (one layer of hardly any weights each, "
         f"hidden size {EMPTY.hidden}) takes {hand['microseconds_per_cycle'] / 1e3:.2f} ms; the same two layers and "
-        f"lm_head in one process take {alone_ms:.2f} ms per token. Where it goes:",
+        f"lm_head in one process take {alone_ms:.2f} ms per token. Were the ranks' threads free to run on either core, "
+        f"a cycle would take {hand['microseconds_per_cycle_on_any_core'] / 1e3:.2f} ms. Where it goes:",
         "",
         *hand["table"],
         "",
@@ -389,12 +426,13 @@ def page(found: dict[str, Any]) -> str:
     for name, one in found["sizes"].items():
         ratios = one["simulated"]["predicted_over_measured"]
         told = ", ".join(f"{ratio:.2f} at p = {float(p):g}" for p, ratio in ratios.items())
-        two = one["results"][0]["plain_two_over_one_core"]
+        two, beside = one["results"][0]["plain_two_over_one_core"], one["stage_beside_ms"] / one["stage_alone_ms"]
         lines += [
             f"**{name}**: {one['parameters'] / 1e6:.0f}M parameters, layers {one['layers_per_stage']}, MB read per "
             f"token and rank {[round(share) for share in one['megabytes_per_rank']]} of "
-            f"{one['megabytes_per_token']:.0f}. Plain decoding on both cores is {two:.2f} times as fast as on one. "
-            f"Simulated over measured seconds: {told}. A cycle, in milliseconds:",
+            f"{one['megabytes_per_token']:.0f}. Plain decoding on both cores is {two:.2f} times as fast as on one; "
+            f"layers take {beside:.2f} times as long while the other core runs layers too, which the work bound does "
+            f"not know. Simulated over measured seconds: {told}. A cycle, in milliseconds:",
             "",
             *rest(one["rest"]),
             "",

@@ -1,7 +1,8 @@
 """PREDICTIONS of the simulator for GPUs that were not there: n = 4, 8, 16 on one node and across nodes.
 
 Nothing here is measured. A stage's time is its bytes over the memory bandwidth that is achieved, plus what launching
-its kernels costs; hand-over is a latency and a sender's time. All assumptions are in the record, beside the published
+its kernels costs; hand-over is a latency and a sender's time; the last rank tells its verdict to one rank after
+another. All assumptions are in the record, beside the published
 figures (arXiv 2605.30852, n = 4, 8, 16 with 4, 3, 2 head layers, T = 0).
 
     .venv/bin/python benchmarks/predictions.py     writes records/predictions.json, renews docs/pipeline.md; seconds
@@ -28,7 +29,10 @@ ASSUMED = {
     "seconds_of_launches_per_layer": 60e-6,
     "seconds_of_host_per_cycle": 60e-6,
     "draft_vocabulary": 32_000,
-    "links": {"one node": {"latency": 30e-6, "send": 20e-6}, "across nodes": {"latency": 90e-6, "send": 30e-6}},
+    "links": {
+        "one node": {"latency": 30e-6, "send": 20e-6, "tell": 15e-6},
+        "across nodes": {"latency": 90e-6, "send": 30e-6, "tell": 15e-6},
+    },
     "tokens": 4000,
 }
 #: (target, n): S and wall-clock speedup as published, and head layers.

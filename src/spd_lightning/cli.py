@@ -16,6 +16,7 @@ from importlib import import_module
 
 from spd_lightning.commands.parsing import did_you_mean
 from spd_lightning.errors import InputError
+from spd_lightning.processes import die_with_parent, started_here
 
 PROGRAM = "spd-lightning"
 INPUT_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141  # the last two as a shell reports SIGINT and SIGPIPE
@@ -62,6 +63,7 @@ Wrong input ends with one line and exit status 2; SPD_DEBUG=1 adds the traceback
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return the exit status."""
+    die_with_parent()
     try:
         return _dispatch(list(sys.argv[1:] if argv is None else argv))
     except InputError as error:
@@ -70,7 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return INPUT_ERROR
     except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
+        if not started_here():  # one process of the job says it
+            print("\ninterrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         # the reader (`| head`) has left; Python would complain once more when it flushes stdout at exit

@@ -54,7 +54,7 @@ def main() -> None:
 
         chunk = 7 if other == "chunk" else 256
         name = weights_digest(head)
-        decoder = PipelineDecoder(target, head, prefill_chunk=chunk, on_state=on_state, head_name=name)
+        decoder = PipelineDecoder(target, head, prefill_chunk=chunk, on_state=on_state, names={"head": name})
         if not decoder.leads:
             decoder.follow()
             return

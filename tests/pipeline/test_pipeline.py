@@ -30,7 +30,7 @@ TOLERANCE = 2e-4
 def run_ranks(world: int, *command: object, patience: float = 60.0) -> subprocess.CompletedProcess[str]:
     """A command on local ranks that are started and watched as `--workers` does it."""
     code = (
-        "import sys; from spd_lightning.decoding.launch import run_ranks; "
+        "import sys; from spd_lightning.decoding.workers import run_ranks; "
         f"sys.exit(run_ranks({[sys.executable, *map(str, command)]!r}, {world}, patience={patience}, threads=1))"
     )
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=580)
@@ -173,7 +173,9 @@ def test_bench_on_workers_measures_a_wall_clock_speedup_and_marks_forced_accepta
     assert done.returncode == 0, done.stdout + done.stderr
     record = json.loads((tmp_path / "b.json").read_text())
     assert record["quality"] is False and record["settings"]["forced_acceptance"] == 0.8
-    assert record["engine"] == {"ranks": 2, "head_alone": False}
+    engine = record["engine"]
+    assert (engine["ranks"], engine["head_alone"], engine["traced"]) == (2, False, False) and engine["threads"] >= 1
+    assert "FORCED acceptance 0.8" in (tmp_path / "b.md").read_text()
     assert record["metrics"][-1]["wall_clock_speedup"] > 0 and record["metrics"][-1]["identical"] is None
     assert record["metrics"][-1]["new_tokens"] == 48 and "FORCED acceptance 0.8" in done.stdout
     refused = command(
@@ -188,7 +190,11 @@ def test_bench_on_workers_measures_a_wall_clock_speedup_and_marks_forced_accepta
         (["--workers", 4], "4 ranks cannot run a pipeline of 2 stages: expected 2 .* or 3"),
         (["--workers", 1], "--workers 1: expected at least 2"),
         (["--trace", "t.json"], "--trace t.json shows ranks at work: give --workers N"),
-        (["--workers", 2, "--patience", 1], "--patience 1: expected at least 2 seconds"),
+        (["--workers", 2, "--patience", 1], "--patience 1: expected from 2 to 1,000,000 seconds"),
+        (["--workers", 2, "--port", 70000], "--port 70000: expected a number from 1 to 65535"),
+        (["--workers", 2, "--trace", "t.png"], "--trace t.png: expected a name that ends in .json"),
+        (["--workers", 2, "--trace", "no/t.json"], "--trace no/t.json: the folder no does not exist"),
+        (["--workers", 2, "--trace", "t.json", "--json", "t.json"], "--trace t.json is --json too"),
         (["--workers", 2, "--num-stages", 3], "--num-stages 3: the head has 2 stages"),
         (["--workers", 2, "--device-map", "auto"], "in a pipeline every rank holds its own stage"),
     ],
@@ -247,3 +253,36 @@ def test_a_rank_keeps_the_weights_of_its_stage_alone(accelerate: bool, monkeypat
         assert numbers == set(layers) and all(torch.equal(value, whole[name]) for name, value in here.items())
         assert ("model.norm.weight" in here) == (stage == 1)
         assert target.device.type == "cpu" and target.stage_layers == (3, 5)
+
+
+def test_weights_that_differ_in_one_tensor_are_told_apart(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from spd_lightning.target.loading import embedded_target_path
+    from spd_lightning.target.samples import sampled_digest
+
+    whole = embedded_target_path()
+    other = tmp_path / "other"
+    other.mkdir()
+    tensors = load_file(whole / "model.safetensors")
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    same = sampled_digest(other)
+    assert same == sampled_digest(other) and len(same) == 64
+    name = next(name for name in tensors if "layers.3" in name)
+    save_file(tensors | {name: tensors[name] * 1.01}, other / "model.safetensors", metadata={"format": "pt"})
+    assert sampled_digest(other) != same
+    (other / "model.safetensors").write_bytes(b"no tensors at all")
+    with pytest.raises(InputError, match="is no safetensors file"):
+        sampled_digest(other)
+
+
+def test_a_reader_that_leaves_ends_the_ranks_in_silence(head_of_two: Path, tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "spd_lightning", "generate", "--target", "tiny", "--head", str(head_of_two)]
+    words += ["--prompt", "Write about the module os.", "--max-new-tokens", "700", "--workers", "2"]
+    process = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stderr is not None
+    assert process.stdout.read(1)
+    process.stdout.close()
+    err = process.stderr.read()
+    assert process.wait(60) == 141 and "Traceback" not in err and "error" not in err, err
+    process.stderr.close()

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import socket
 import subprocess
 import sys
+import termios
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -115,3 +118,59 @@ def test_ranks_do_not_outlive_the_process_that_started_them(long_head: tuple[Pat
         os.kill(process.pid, signal.SIGKILL)
         until(lambda: all(map(gone, ranks)), "the end of the ranks", 30)
         assert is_free(port)
+
+
+@pytest.mark.slow
+def test_ranks_that_just_start_do_not_outlive_it_either(long_head: tuple[Path, Path]) -> None:
+    head, folder = long_head
+    port = free_port()
+    command = [
+        sys.executable, "-m", "spd_lightning", "generate", "--target", "tiny", "--head", str(head), "--prompt", PROMPT,
+        "--workers", "2", "--port", str(port),
+    ]  # fmt: skip
+    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    until(lambda: len(psutil.Process(process.pid).children()) == 2, "both ranks", 60)
+    ranks = [child.pid for child in psutil.Process(process.pid).children()]
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    until(lambda: all(map(gone, ranks)), "the end of the ranks", 10)
+
+
+def test_ctrl_c_on_a_terminal_ends_the_answer_and_not_the_session(long_head: tuple[Path, Path]) -> None:
+    """The ranks are in the terminal's group, as in a shell: Ctrl-C reaches the leader, and it alone acts upon it."""
+    head, folder = long_head
+    command = [
+        sys.executable, "-m", "spd_lightning", "generate", "--target", "tiny", "--head", str(head), "--workers", "2",
+        "--max-new-tokens", "700", "--no-color",
+    ]  # fmt: skip
+    leader, follower = os.openpty()
+    process = subprocess.Popen(
+        command, cwd=folder, stdin=follower, stdout=follower, stderr=follower, start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )  # fmt: skip
+    os.close(follower)
+    shown = bytearray()
+
+    def read() -> None:
+        with suppress(OSError):  # the terminal is closed
+            while piece := os.read(leader, 4096):
+                shown.extend(piece)
+
+    threading.Thread(target=read, daemon=True).start()
+    try:
+        until(lambda: b"> " in shown, "the first prompt", 120)
+        os.write(leader, b"Write a long story about all functions of the module os.\n")
+        until(lambda: len(shown) > 400, "an answer")
+        os.write(leader, b"\x03")
+        until(lambda: b"interrupted |" in shown, "the end of the answer")
+        at = len(shown)
+        os.write(leader, b"/reset\nWhat is a path?\n")
+        until(lambda: b"acceptance p" in shown[at:], "a second answer", 120)
+        os.write(leader, b"\x04")
+        until(lambda: process.poll() is not None, "the end of the session", 60)
+        assert process.returncode == 0, shown.decode(errors="replace")
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        os.close(leader)

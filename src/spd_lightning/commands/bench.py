@@ -80,8 +80,9 @@ def parser() -> CommandParser:
 def run(argv: list[str]) -> int:
     """`spd-lightning bench`."""
     options = parser().parse_args(argv)
-    if os.environ.get("RANK", "0") == "0":  # one rank looks at the disk before any other writes to it
-        _check(options)
+    _check(options)
+    if os.environ.get("RANK", "0") == "0":  # before anything is loaded; the rank that writes looks once more
+        _check_output(options)
     return on_ranks("bench", argv, options, lambda me: _run(options, me))
 
 
@@ -103,6 +104,7 @@ def _run(options: Namespace, me: Member | None) -> int:
     assert models.head is not None and models.decoder is not None
     if me is not None and not models.decoder.leads:  # type: ignore[attr-defined]
         return follow(models.decoder)  # type: ignore[arg-type]
+    _check_output(options)
     ranks = models.decoder.ranks
     if not models.chats and not options.raw:
         raise InputError(f"--target {options.target}: its tokenizer has no chat template. Add --raw.")
@@ -130,7 +132,7 @@ def _run(options: Namespace, me: Member | None) -> int:
             "stage_layers": list(models.head.config.stage_layers),
         },
         "settings": settings.fields(),
-        "engine": {"ranks": ranks, "head_alone": ranks > models.head.staircase.num_stages},
+        "engine": {"ranks": ranks, "head_alone": ranks > models.head.staircase.num_stages, **_engine(options, ranks)},
         "prompt_sets": [_described(one) for one in sets],
     }
     journal = Rows(options.output.with_name(f".{options.output.name}.journal"), about)
@@ -154,13 +156,21 @@ def _run(options: Namespace, me: Member | None) -> int:
         "metrics": metrics,
         "rows": [row_fields(row, n) for row in journal.rows],
     }
-    table = markdown(metrics, about["head"]["name"], n)  # type: ignore[index]
+    name = about["head"]["name"] + _forced(options)  # type: ignore[index,operator]
+    table = markdown(metrics, name, n)
     write_whole(options.output, _as_json(record), "--output")
     write_whole(options.output.with_suffix(".md"), table, "--output")
     journal.close(remove=True)
+    status = _report(options, metrics, n, ranks)
     if me is not None:
         finish(models.decoder, options)  # type: ignore[arg-type]
-    return _report(options, metrics, n, ranks)
+    return status
+
+
+def _forced(options: Namespace) -> str:
+    """What stands behind a head's name wherever its figures are a coin's."""
+    forced = options.forced_acceptance
+    return "" if forced is None else f" (FORCED acceptance {forced:g}: p, A and S are a coin's)"
 
 
 def _check(options: Namespace) -> None:
@@ -178,10 +188,30 @@ def _check(options: Namespace) -> None:
         raise InputError("--raw has no turns: leave out --turns all.")
     if options.output.suffix != ".json":
         raise InputError(f"--output {options.output}: expected a name that ends in .json.")
+    if options.trace is not None and options.trace.resolve() == options.output.resolve():
+        raise InputError(f"--trace {options.trace} is --output too: name another file, its picture lies beside it.")
+
+
+def _check_output(options: Namespace) -> None:
+    """Refuse to write where nothing can be written, or where something is."""
     if not options.output.parent.is_dir():
         raise InputError(f"--output {options.output}: the folder {options.output.parent} does not exist.")
     if options.output.exists():
         raise InputError(f"--output {options.output} exists already: name a new record, or remove this one.")
+
+
+def _engine(options: Namespace, ranks: int) -> dict[str, Any]:
+    """What else decides how long ranks take: a record is one of one engine."""
+    import torch
+
+    if ranks == 1:
+        return {}
+    return {
+        "prefill_chunk": options.prefill_chunk,
+        "threads": torch.get_num_threads(),
+        "device": options.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        "traced": options.trace is not None,
+    }
 
 
 def _measure(models: Models, sets: Sequence[PromptSet], settings: Settings, warmup: int, journal: Rows) -> None:
@@ -245,7 +275,8 @@ def _report(options: Namespace, metrics: Sequence[Mapping[str, Any]], num_stages
         from spd_lightning.bench.plot import plot_bench
 
         picture = options.output.with_suffix(".png")
-        plot_bench(metrics, picture, f"{Path(options.head).name}, n = {num_stages}, {options.max_new_tokens} tokens")
+        name = Path(options.head).name + _forced(options)
+        plot_bench(metrics, picture, f"{name}, n = {num_stages}, {options.max_new_tokens} tokens")
         written.append(picture)
     print("written: " + ", ".join(map(str, written)))
     wrong = sum(row["mismatches"] or 0 for row in metrics if row["category"] is None and row["prompts"] != "all")

@@ -175,6 +175,8 @@ def _check(options: Namespace) -> None:
     if options.json is not None:
         if options.prompt is None:
             raise InputError("--json FILE holds one generation: give --prompt.")
+        if options.trace is not None and options.trace.resolve() == options.json.resolve():
+            raise InputError(f"--trace {options.trace} is --json too: name another file.")
         if not options.json.parent.is_dir():
             raise InputError(f"--json {options.json}: the folder {options.json.parent} does not exist.")
     if options.max_new_tokens < 1:
@@ -253,7 +255,8 @@ class _Interruption:
 
     def __enter__(self) -> _Interruption:
         self._before = None
-        if threading.current_thread() is threading.main_thread():
+        ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # by nohup, say
+        if threading.current_thread() is threading.main_thread() and not ignored:
             self._before = signal.signal(signal.SIGINT, self._note)
         return self
 

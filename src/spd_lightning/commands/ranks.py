@@ -7,6 +7,7 @@ import os
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,13 +44,22 @@ def on_ranks(command: str, argv: Sequence[str], options: Namespace, run: Callabl
     Raises:
         InputError: for flags that contradict each other.
     """
-    from spd_lightning.decoding.launch import check_patience, launched, member, start_workers
+    from spd_lightning.decoding.launch import check_patience, launched, member
+    from spd_lightning.processes import started_here
 
     check_patience(options.patience)
     if options.workers is not None and options.workers < 2:
         raise InputError(f"--workers {options.workers}: expected at least 2, one per stage.")
+    if options.trace is not None and options.trace.suffix != ".json":
+        raise InputError(f"--trace {options.trace}: expected a name that ends in .json; a .png is put beside it.")
+    if options.trace is not None and not options.trace.parent.is_dir():
+        raise InputError(f"--trace {options.trace}: the folder {options.trace.parent} does not exist.")
+    if options.workers is not None and launched() and not started_here():
+        raise InputError(f"--workers {options.workers}: a launcher has started ranks already: leave --workers out.")
     if not launched():
         if options.workers is not None:
+            from spd_lightning.decoding.workers import start_workers
+
             _check_workers(options)
             return start_workers([command, *argv], options.workers, options.patience, options.port)
         if options.trace is not None:
@@ -69,10 +79,11 @@ def _check_workers(options: Namespace) -> None:
 
     if options.head is None:
         raise InputError("--workers runs a pipeline, and a pipeline needs a head: give --head.")
-    found = find_head(options.head)
+    found, layers = find_head(options.head), None
     if found.kind == "folder":
-        layers = json.loads((found.path / CONFIG_FILE).read_text()).get("stage_layers")
-        if layers:
+        with suppress(OSError, ValueError, AttributeError):  # a damaged head is told of by those who load it
+            layers = json.loads((found.path / CONFIG_FILE).read_text()).get("stage_layers")
+        if isinstance(layers, list) and layers:
             Roles(len(layers), tuple(range(options.workers)))
 
 
@@ -138,10 +149,20 @@ def load_rank(options: Namespace, me: Member, whole: bool) -> Models:
         head,
         prefill_chunk=options.prefill_chunk,
         traced=options.trace is not None,
-        head_name=digest,
+        names=_names(options, digest),
         on_state=lambda state: setattr(me, "state", state),
     )
     return Models(tokenizer, target, head, decoder)
+
+
+def _names(options: Namespace, head_digest: str) -> dict[str, str]:
+    """What tells files of this rank from those of another."""
+    from spd_lightning.target.loading import embedded_target_path
+    from spd_lightning.target.samples import sampled_digest
+
+    folder = embedded_target_path() if options.target == "tiny" else Path(options.target)
+    weights = {"target's weights": sampled_digest(folder)} if folder.is_dir() else {}
+    return {"head": head_digest, **weights}
 
 
 def follow(decoder: PipelineDecoder) -> int:
@@ -158,7 +179,10 @@ def finish(decoder: PipelineDecoder, options: Namespace) -> None:
     from spd_lightning.decoding.trace import breakdown, chrome_trace
 
     spans = decoder.close()
-    if options.trace is None or not decoder.cycles:
+    if options.trace is None:
+        return
+    if not decoder.cycles:
+        print(f"--trace {options.trace}: nothing was written, because no cycle ran.", file=sys.stderr)
         return
     write_whole(options.trace, json.dumps(chrome_trace(spans, decoder.roles.names)), "--trace")
     parts = breakdown(spans, decoder.cycles)

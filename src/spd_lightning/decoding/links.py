@@ -28,7 +28,15 @@ FOREVER = timedelta(days=3650)
 
 
 class LinkError(RuntimeError):
-    """A message could not be sent or received: the other rank is gone."""
+    """A message could not be sent or received: the other rank is gone.
+
+    Attributes:
+        rank: the other one.
+    """
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(f"the connection to rank {rank} broke")
+        self.rank = rank
 
 
 class Link:
@@ -136,7 +144,7 @@ def _called(operation: Any, message: Tensor, peer: int, tag: int, other: int) ->
     try:
         return operation([message], peer, tag)
     except RuntimeError as error:
-        raise LinkError(f"the connection to rank {other} broke") from error
+        raise LinkError(other) from error
 
 
 def _wait(work: Any, message: Tensor, other: int) -> None:
@@ -144,7 +152,7 @@ def _wait(work: Any, message: Tensor, other: int) -> None:
     try:
         work.wait() if message.is_cuda else work.wait(FOREVER)
     except RuntimeError as error:
-        raise LinkError(f"the connection to rank {other} broke") from error
+        raise LinkError(other) from error
 
 
 class Mailbox:

@@ -15,9 +15,10 @@ The last stage's rank verifies; it is the one that hands tokens to its caller fi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from time import perf_counter, time
 from typing import Any
 
@@ -58,7 +59,7 @@ class PipelineDecoder(SpdDecoder):
             it, the law of the tokens does not.
         traced: keep what every rank does when (`spans_of_all`).
         groups: made by all processes of the job together, where this pipeline has only some of them.
-        head_name: what the ranks compare to see that they have the same head, such as its digest.
+        names: what the ranks compare besides, to see that they have the same files: such as digests of target and head.
         on_state: told what this rank is at, for those who watch it.
 
     Raises:
@@ -74,7 +75,7 @@ class PipelineDecoder(SpdDecoder):
         prefill_chunk: int = PREFILL_CHUNK,
         traced: bool = False,
         groups: Groups | None = None,
-        head_name: str = "",
+        names: Mapping[str, str] | None = None,
         on_state: Callable[[str], None] = lambda state: None,
     ) -> None:
         super().__init__(target, head)
@@ -94,7 +95,7 @@ class PipelineDecoder(SpdDecoder):
         self.broken = False
         self.spans: list[Span] = []
         self.cycles = 0  # of the last generation
-        self._agree(head_name)
+        self._agree(names or {})
         self.links = RankLinks(self)
 
     @property
@@ -158,7 +159,10 @@ class PipelineDecoder(SpdDecoder):
     def gather(self, mine: Any) -> list[Any]:
         """What every rank gives, in the order of ranks; called by all alike, between generations."""
         everyone: list[Any] = [None] * len(self.roles.ranks)
-        dist.all_gather_object(everyone, mine, group=self.groups.control)
+        try:
+            dist.all_gather_object(everyone, mine, group=self.groups.control)
+        except RuntimeError as error:  # of all the others, the library does not say whose connection it was
+            raise LinkError(next(rank for rank in self.roles.ranks if rank != self.rank)) from error
         return everyone
 
     def spans_of_all(self) -> list[Span]:
@@ -177,29 +181,34 @@ class PipelineDecoder(SpdDecoder):
         try:
             dist.broadcast_object_list(box, src=self.roles.last, group=self.groups.control)
         except RuntimeError as error:
-            raise LinkError("the connection to the leading rank broke") from error
+            raise LinkError(self.roles.last) from error
         return box[0]
 
     # -- agreement ----------------------------------------------------------------------------------------------------
 
-    def _agree(self, head_name: str) -> None:
+    def _agree(self, names: Mapping[str, str]) -> None:
         """Compare what must be the same on all ranks, before anything depends on it."""
         import transformers
 
-        config = self.target.config
+        config, identity = self.target.config, self.target.identity
         mine = {
+            "spd_lightning version": _version(),
             "torch version": torch.__version__,
             "transformers version": transformers.__version__,
             "target": f"{config.model_type}, {config.num_hidden_layers} layers of {config.hidden_size}",
+            "target's config.json": identity.config_digest,
+            "target's tokenizer": identity.tokenizer_digest,
+            "target's commit": identity.commit,
             "target's dtype": str(self.target.dtype),
+            "attention kernel": config._attn_implementation,
             "split (stage_layers)": list(self.drafter.staircase.stage_layers),
             "head's anchors": list(self.drafter.staircase.anchors),
-            "head": head_name,
+            **names,
             "prefill_chunk": self.prefill_chunk,
+            "tracing": isinstance(self.tracer, Tracer),
             "ranks of the pipeline": list(self.roles.ranks),
         }
-        everyone: list[Any] = [None] * len(self.roles.ranks)
-        dist.all_gather_object(everyone, mine, group=self.groups.control)
+        everyone = self.gather(mine)
         for rank, theirs in zip(self.roles.ranks, everyone, strict=True):
             for what, value in everyone[0].items():
                 if theirs[what] != value:
@@ -207,6 +216,13 @@ class PipelineDecoder(SpdDecoder):
                         f"The ranks do not agree: {what} is {value} on rank {self.roles.ranks[0]} and {theirs[what]} "
                         f"on rank {rank}. Start every rank with the same command, files and packages."
                     )
+
+
+def _version() -> str:
+    try:
+        return version("spd_lightning")
+    except PackageNotFoundError:  # run from a checkout by its path
+        return "(not installed)"
 
 
 def _settle(device: torch.device) -> Callable[[], None] | None:
