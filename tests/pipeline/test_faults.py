@@ -116,7 +116,7 @@ def beats() -> Beats:
 
 
 def watch(beats: Beats, codes: dict[int, int]) -> _Watch:
-    made = _Watch([], beats, _Signals())
+    made = _Watch([None] * beats.world, beats, _Signals())  # type: ignore[list-item]
     made.codes = codes
     return made
 
