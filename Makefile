@@ -8,8 +8,8 @@ BENCHMARKS ?= $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))
 VENV := .venv/bin
 STAMP := .venv/.setup-stamp
 # One torch thread per worker: the models of the tests are tiny, and the workers share the cores. By file, because runs of
-# several ranks are fixtures of a file.
-PYTEST := OMP_NUM_THREADS=1 $(VENV)/python -m pytest -n $(JOBS) --dist loadfile
+# several ranks are fixtures of a file; in the order of tests/conftest.py, which begins with files that take long.
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 HAS_GPU := $(shell nvidia-smi >/dev/null 2>&1 && echo yes)
 
 .DEFAULT_GOAL := help

@@ -23,6 +23,14 @@ ROOT = Path(__file__).resolve().parents[1]
 pytest_plugins = ["family_table", "recording", "scale_runs", "small_run"]
 
 
+#: What starts processes of its own takes long, and begins first: the last file of a run has a worker for itself.
+LONG = ("scale/", "pipeline/", "training/test_run", "test_readme", "commands/", "bench/", "export/")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not any(name in item.nodeid for name in LONG))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_torch_thread() -> Iterator[None]:
     """One thread for whoever imported torch during collection; nobody else pays for the import."""

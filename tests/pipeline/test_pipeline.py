@@ -50,9 +50,9 @@ def check(cases: list[dict[str, Any]]) -> None:
             assert case["phases"] == list(range(1, case["n"] + 1)), case
 
 
-@pytest.mark.parametrize("world", [3, 5])
-def test_ranks_decode_token_for_token_what_one_process_does(world: int) -> None:
-    check(decode_cases(world, 0, 5))
+@pytest.mark.parametrize(("world", "count"), [(3, 5), (5, 2)])
+def test_ranks_decode_token_for_token_what_one_process_does(world: int, count: int) -> None:
+    check(decode_cases(world, 0, count))
 
 
 @pytest.mark.slow
@@ -235,6 +235,49 @@ def test_torchrun_starts_the_same_command(head_of_two: Path, tmp_path: Path) -> 
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout == here.stdout
+
+
+@pytest.mark.slow
+def test_two_nodes_are_one_pipeline(head_of_two: Path, tmp_path: Path) -> None:
+    """Two torchruns on this machine, as on two; the text comes from the node of the last stage."""
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    plain = ["generate", "--target", "tiny", "--head", str(head_of_two), "--prompt", "What is a path?"]
+    plain += ["--max-new-tokens", "12"]
+    nodes = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--nnodes",
+                "2",
+                "--nproc-per-node",
+                "1",
+                "--node-rank",
+                str(node),
+                "--master-addr",
+                "127.0.0.1",
+                "--master-port",
+                str(port),
+                "-m",
+                "spd_lightning",
+                *plain,
+            ],
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )  # fmt: skip
+        for node in range(2)
+    ]
+    told = [node.communicate(timeout=200) for node in nodes]
+    here = command(*plain, cwd=tmp_path)
+    assert [node.returncode for node in nodes] == [0, 0], told
+    assert told[0][0] == "" and told[1][0] == here.stdout and here.stdout.strip()
 
 
 @pytest.mark.parametrize("accelerate", [True, False])

@@ -89,7 +89,7 @@ def is_free(port: int) -> bool:
 @pytest.mark.parametrize(
     ("to_all", "number", "status"),
     [
-        pytest.param(True, signal.SIGINT, 130, id="Ctrl-C"),
+        pytest.param(True, signal.SIGINT, 130, id="Ctrl-C", marks=pytest.mark.slow),
         pytest.param(False, signal.SIGINT, 130, id="SIGINT", marks=pytest.mark.slow),
         pytest.param(False, signal.SIGTERM, 143, id="SIGTERM"),
         pytest.param(False, signal.SIGHUP, 129, id="SIGHUP", marks=pytest.mark.slow),
