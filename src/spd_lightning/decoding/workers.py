@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -36,13 +36,25 @@ def start_workers(arguments: Sequence[str], workers: int, patience: float = PATI
     Raises:
         InputError: the port is taken, or is none.
     """
-    return run_ranks([sys.executable, "-m", "spd_lightning", *arguments], workers, patience, port)
+    # a module of the working directory must not stand in for one of a library
+    safe = {"PYTHONSAFEPATH": "1"}
+    return run_ranks([sys.executable, "-m", "spd_lightning", *arguments], workers, patience, port, variables=safe)
 
 
 def run_ranks(
-    command: Sequence[str], workers: int, patience: float = PATIENCE, port: int = 0, threads: int | None = None
+    command: Sequence[str],
+    workers: int,
+    patience: float = PATIENCE,
+    port: int = 0,
+    threads: int | None = None,
+    variables: Mapping[str, str] | None = None,
 ) -> int:
-    """Run a command on local ranks and watch them; see `start_workers`."""
+    """Run a command on local ranks and watch them; see `start_workers`.
+
+    Args:
+        threads: of each rank; default: its share of the cores.
+        variables: of the environment, besides.
+    """
     import torch.distributed as dist
 
     check_patience(patience)
@@ -57,7 +69,7 @@ def run_ranks(
     common = {
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
         "WORLD_SIZE": str(workers), "LOCAL_WORLD_SIZE": str(workers), PARENT: str(os.getpid()), JOB: job,
-        "PYTHONSAFEPATH": "1",  # a module of the working directory must not stand in for one of a library
+        **(variables or {}),
     }  # fmt: skip
     processes: list[subprocess.Popen[bytes]] = []
     with _Signals() as signals:
