@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import torch
 from families import FAMILIES
 from family.common import build
 
+from spd_lightning import cli
 from spd_lightning.decoding.schedule import PipelineSchedule
 from spd_lightning.decoding.topology import Roles
 from spd_lightning.errors import InputError
@@ -195,15 +197,34 @@ def test_bench_on_workers_measures_a_wall_clock_speedup_and_marks_forced_accepta
         (["--workers", 2, "--trace", "t.png"], "--trace t.png: expected a name that ends in .json"),
         (["--workers", 2, "--trace", "no/t.json"], "--trace no/t.json: the folder no does not exist"),
         (["--workers", 2, "--trace", "t.json", "--json", "t.json"], "--trace t.json is --json too"),
-        (["--workers", 2, "--num-stages", 3], "--num-stages 3: the head has 2 stages"),
-        (["--workers", 2, "--device-map", "auto"], "in a pipeline every rank holds its own stage"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
 )
-def test_wrong_ranks_are_one_line(head_of_two: Path, tmp_path: Path, arguments: list[object], message: str) -> None:
-    import re
+def test_wrong_ranks_are_one_line_before_any_process_is_started(
+    head_of_two: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    arguments: list[object], message: str,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(subprocess, "Popen", lambda *unused, **settings: pytest.fail("a process was started"))
+    words = ["generate", "--target", "tiny", "--head", head_of_two, "--prompt", "x", *arguments]
+    status, err = cli.main(list(map(str, words))), capsys.readouterr().err
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert status == 2 and len(errors) == 1 and re.search(message, errors[0]), err
 
-    done = command("generate", "--target", "tiny", "--head", head_of_two, "--prompt", "x", *arguments, cwd=tmp_path)
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--num-stages", 3], "--num-stages 3: the head has 2 stages"),
+        pytest.param(["--device-map", "auto"], "in a pipeline every rank holds its own stage", marks=pytest.mark.slow),
+    ],
+    ids=["stages", "map"],
+)
+def test_what_all_ranks_refuse_is_one_line(
+    head_of_two: Path, tmp_path: Path, arguments: list[object], message: str
+) -> None:
+    words = ["generate", "--target", "tiny", "--head", head_of_two, "--prompt", "x", "--workers", 2, *arguments]
+    done = command(*words, cwd=tmp_path)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 2 and len(errors) == 1 and re.search(message, errors[0]), done.stderr
 
