@@ -177,7 +177,7 @@ def _last_words(made: Member, error: BaseException) -> int:
         made.beats.done(made.rank)
     elif isinstance(error, LinkError):
         status = VICTIM
-        _blame(made, error)
+        _blame(made, error.rank)
     else:
         why = " ".join(str(error).split()) if isinstance(error, InputError) else first_line(error)
         if isinstance(error, MemoryError) or "cannot allocate memory" in str(error).lower():
@@ -194,18 +194,15 @@ def _last_words(made: Member, error: BaseException) -> int:
     return status
 
 
-def _blame(made: Member, error: Exception) -> None:
+def _blame(made: Member, other: int) -> None:
     """Someone else is the cause of a broken connection. Who started the ranks knows who; under torchrun this says it.
 
     The end is put off, so that whoever looks for the first to end finds the cause and not this rank.
     """
-    from spd_lightning.decoding.links import LinkError
-
     if started_here():
         return
     time.sleep(0.3)  # for its last words
-    other = error.rank if isinstance(error, LinkError) else None
-    if other is not None and made.beats.last(other) != DONE and made.beats.why(other) is None and made.tells():
+    if made.beats.last(other) != DONE and made.beats.why(other) is None and made.tells():
         print(f"error: {made.beats.name(other)} ended without a word: was it killed?", file=sys.stderr, flush=True)
     time.sleep(2.0)
 

@@ -193,6 +193,9 @@ class _Watch:
             return f"rank {', '.join(map(str, missing))} has not started within {start:g} s"
         return self.beats.lost()
 
+    def _all_say(self, why: str) -> bool:
+        return all(self.beats.why(rank) == why for rank in self.codes)
+
     def _cause(self) -> tuple[str | None, int]:
         """Of the ranks that ended, the one that was the cause: killed, else failed, else aborted, else left alone.
 
@@ -223,10 +226,8 @@ class _Watch:
             if code == 2:  # wrong flags: each rank has said so in its one line
                 return None, code
             why = f"ended with status {code}"
-        elif code == 2 and all(self.beats.why(other) == why for other in order if self.codes[other] == 2):
-            if sum(status == 2 for status in self.codes.values()) == len(self.processes):
-                return why, code  # wrong input is wrong on all ranks alike
-            why = f"ended: {why}"
+        elif code == 2 and list(self.codes.values()) == [2] * len(self.processes) and self._all_say(why):
+            return why, code  # wrong input is wrong on all ranks alike
         else:
             why = f"ended: {why}"
         return f"{self.beats.name(rank)} {why}; the other ranks were ended", 1 if code < 0 or code == VICTIM else code
