@@ -193,9 +193,6 @@ class _Watch:
             return f"rank {', '.join(map(str, missing))} has not started within {start:g} s"
         return self.beats.lost()
 
-    def _all_say(self, why: str) -> bool:
-        return all(self.beats.why(rank) == why for rank in self.codes)
-
     def _cause(self) -> tuple[str | None, int]:
         """Of the ranks that ended, the one that was the cause: killed, else failed, else aborted, else left alone.
 
@@ -222,14 +219,10 @@ class _Watch:
             )
         elif code == VICTIM:
             why = "lost the connection to another rank"
-        elif why is None:
-            if code == 2:  # wrong flags: each rank has said so in its one line
-                return None, code
-            why = f"ended with status {code}"
-        elif code == 2 and list(self.codes.values()) == [2] * len(self.processes) and self._all_say(why):
-            return why, code  # wrong input is wrong on all ranks alike
+        elif code == 2:  # wrong input is no rank's fault; of wrong flags each rank has said so in its one line
+            return why, code
         else:
-            why = f"ended: {why}"
+            why = f"ended: {why}" if why else f"ended with status {code}"
         return f"{self.beats.name(rank)} {why}; the other ranks were ended", 1 if code < 0 or code == VICTIM else code
 
 
