@@ -40,6 +40,30 @@ class Done:
     output: str
 
 
+#: Strategies on two ranks; the default run tests one without DeepSpeed and one that shards everything.
+STRATEGIES = ("ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")
+
+
+def also(*values: Any) -> list[Any]:
+    """Parameters that only `make test-all` draws."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
+def some_strategies(*before: str, default: Sequence[str] = ("ddp", "deepspeed_stage_3")) -> list[Any]:
+    """All strategies as parameters, those beside `default` for `make test-all` alone."""
+    return [*before, *default, *also(*(strategy for strategy in STRATEGIES if strategy not in default))]
+
+
+def asked_for(request: pytest.FixtureRequest, *names: str) -> set[tuple[Any, ...]]:
+    """Parameters `names` of the selected tests that use the fixture: runs that nobody looks at need not be made."""
+    found = set()
+    for item in request.session.items:
+        params = getattr(getattr(item, "callspec", None), "params", {})
+        if item.path == request.path and request.fixturename in item.fixturenames and set(names) <= set(params):
+            found.add(tuple(params[name] for name in names))
+    return found
+
+
 @pytest.fixture(scope="session")
 def base_fields(model_folder: Path, data_files: dict[str, str]) -> dict[str, Any]:
     """A run of a few quick steps."""

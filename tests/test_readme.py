@@ -146,6 +146,7 @@ def test_the_lines_that_hand_a_head_on_work_one_after_another(tmp_path: Path, mo
     assert "files/prompts, 2 x 64 tokens" in card and "Lossless in float32" in card
 
 
+@pytest.mark.slow
 def test_the_lines_on_stages_at_the_same_time_work_one_after_another(tmp_path: Path) -> None:
     """In processes: ranks are started by the command that is typed."""
     block = README.split("## Stages at the same time")[1].split("```bash\n")[1].split("```")[0]

@@ -243,6 +243,7 @@ def test_a_taken_port_is_one_line(head_of_two: Path, tmp_path: Path) -> None:
     assert done.returncode == 2 and f"error: --port {port} is taken" in done.stderr, done.stderr
 
 
+@pytest.mark.slow
 def test_torchrun_starts_the_same_command(head_of_two: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "spd_lightning",

@@ -91,7 +91,7 @@ def is_free(port: int) -> bool:
     [
         pytest.param(True, signal.SIGINT, 130, id="Ctrl-C", marks=pytest.mark.slow),
         pytest.param(False, signal.SIGINT, 130, id="SIGINT", marks=pytest.mark.slow),
-        pytest.param(False, signal.SIGTERM, 143, id="SIGTERM"),
+        pytest.param(False, signal.SIGTERM, 143, id="SIGTERM", marks=pytest.mark.slow),
         pytest.param(False, signal.SIGHUP, 129, id="SIGHUP", marks=pytest.mark.slow),
     ],
 )
@@ -136,6 +136,7 @@ def test_ranks_that_just_start_do_not_outlive_it_either(long_head: tuple[Path, P
     until(lambda: all(map(gone, ranks)), "the end of the ranks", 10)
 
 
+@pytest.mark.slow
 def test_ctrl_c_on_a_terminal_ends_the_answer_and_not_the_session(long_head: tuple[Path, Path]) -> None:
     """The ranks are in the terminal's group, as in a shell: Ctrl-C reaches the leader, and it alone acts upon it."""
     head, folder = long_head

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scale_runs import Case, Done, logged
+from scale_runs import Case, Done, also, asked_for, logged
 
 Go = Callable[..., Done]
 STEPS = 6
@@ -37,22 +37,24 @@ def alone(go: Go, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def two(go: Go, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def two(request: pytest.FixtureRequest, go: Go, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """Two ranks for two stages under every strategy, and for four stages."""
     folder = tmp_path_factory.mktemp("two")
-    strategies = ("ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")
-    cases = [Case(strategy, fields(2, strategy)) for strategy in strategies]
+    asked = sorted(asked_for(request, "strategy", "precision"))
+    cases = [Case(f"{s}-{precision}", fields(2, s, trainer__precision=precision)) for s, precision in asked]
     cases.append(Case("four-stages", fields(2, "ddp", model__num_stages=4, model__stage_layers=None)))
-    cases.append(Case("half", fields(2, "ddp", trainer__precision="bf16-mixed")))
     cases.append(Case("stopped", fields(2, "ddp", trainer__max_steps=50), stop_at=4))
     done = go(folder, cases, ranks=2)
     assert done.returned.pop("stopped") == 143 and set(done.returned.values()) == {0}, done.output
     return folder, done.output
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "deepspeed_stage_1", "deepspeed_stage_2"])
-def test_two_ranks_are_a_pipeline_of_two_stages(two: tuple[Path, str], alone: Path, strategy: str) -> None:
-    run = two[0] / strategy
+@pytest.mark.parametrize("precision", ["32-true"])
+@pytest.mark.parametrize("strategy", ["ddp", *also("deepspeed_stage_1", "deepspeed_stage_2")])
+def test_two_ranks_are_a_pipeline_of_two_stages(
+    two: tuple[Path, str], alone: Path, strategy: str, precision: str
+) -> None:
+    run = two[0] / f"{strategy}-{precision}"
     same_counts(run, alone / "rows-12")
     assert 0 < logged(run, "val/acceptance")[-1] < 1, "ranks see rejections"
     for name in CLOCK:
@@ -64,9 +66,24 @@ def test_two_ranks_are_a_pipeline_of_two_stages(two: tuple[Path, str], alone: Pa
     assert not logged(alone / "rows-12", "val/wall_clock_speedup") and not logged(alone / "rows-12", "val/cycle_ms")
 
 
-def test_the_head_of_a_run_in_half_precision_is_the_one_that_validation_decodes_with(two: tuple[Path, str]) -> None:
-    assert logged(two[0] / "half", "val/lossless") == [1, 1] and logged(two[0] / "half", "val/drift") == [0, 0]
-    assert logged(two[0] / "half", "val/wall_clock_speedup")
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16-mixed"])
+@pytest.mark.parametrize("strategy", ["ddp"])
+def test_the_head_of_a_run_in_half_precision_is_the_one_that_validation_decodes_with(
+    two: tuple[Path, str], strategy: str, precision: str
+) -> None:
+    run = two[0] / f"{strategy}-{precision}"
+    assert logged(run, "val/lossless") == [1, 1] and logged(run, "val/drift") == [0, 0]
+    assert logged(run, "val/wall_clock_speedup")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["32-true"])
+@pytest.mark.parametrize("strategy", ["deepspeed_stage_3"])
+def test_weights_in_pieces_decode_in_process(two: tuple[Path, str], alone: Path, strategy: str, precision: str) -> None:
+    run = two[0] / f"{strategy}-{precision}"
+    same_counts(run, alone / "rows-12")
+    assert not logged(run, "val/wall_clock_speedup")
 
 
 def test_fewer_ranks_than_stages_decode_in_process_and_say_so_once(two: tuple[Path, str]) -> None:

@@ -9,13 +9,19 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
-from scale_runs import Case, Done, everything_logged, logged
+from scale_runs import STRATEGIES, Case, Done, also, asked_for, everything_logged, logged, some_strategies
 
 from spd_lightning.training.saving import progress_checkpoints
 
 Go = Callable[..., Done]
 STEPS, STOP, STOPPED = 10, 5, 128 + 15
-STRATEGIES = ("ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")
+RUNS = some_strategies("single", default=["deepspeed_stage_3"])
+CROSSINGS = [
+    "deepspeed_stage_3-by-one", "single-by-deepspeed_stage_3",
+    *also(*(f"{s}-by-one" for s in STRATEGIES[:3]), *(f"single-by-{s}" for s in STRATEGIES[:3])),
+    *also("deepspeed_stage_3-by-deepspeed_stage_2", "deepspeed_stage_1-by-deepspeed_stage_3"),
+    *also("deepspeed_stage_2-by-ddp"),
+]  # fmt: skip
 
 
 def fields(**changes: Any) -> dict[str, Any]:
@@ -38,23 +44,23 @@ def whole_stopped_resumed(name: str, fields: dict[str, Any], folder: Path) -> li
 
 
 @pytest.fixture(scope="module")
-def runs(go: Go, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(request: pytest.FixtureRequest, go: Go, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("resuming")
     done = go(folder, whole_stopped_resumed("single", fields(), folder))
     assert list(done.returned.values()) == [0, STOPPED, 0], done.output
-    cases = [case for strategy in STRATEGIES for case in whole_stopped_resumed(strategy, two(strategy), folder)]
-    # stopped once more, for other ranks and strategies to go on with
-    cases += [Case(f"{strategy}-left", two(strategy), stop_at=STOP) for strategy in STRATEGIES]
-    done = go(folder, cases, ranks=2)
-    assert list(done.returned.values()) == [0, STOPPED, 0] * len(STRATEGIES) + [STOPPED] * len(STRATEGIES), done.output
-    assert done.output.count("stopped by SIGTERM; the state is saved in") == 2 * len(STRATEGIES)
+    asked = {name for (name,) in asked_for(request, "run")} - {"single"}
+    cases = [case for strategy in sorted(asked) for case in whole_stopped_resumed(strategy, two(strategy), folder)]
+    if cases:
+        done = go(folder, cases, ranks=2)
+        assert list(done.returned.values()) == [0, STOPPED, 0] * len(asked), done.output
+        assert done.output.count("stopped by SIGTERM; the state is saved in") == len(asked)
     return folder
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("name", ["single", *STRATEGIES])
-def test_a_run_that_was_stopped_and_resumed_is_the_whole_one_bit_by_bit(runs: Path, name: str) -> None:
-    whole, resumed = runs / f"{name}-whole", runs / f"{name}-stopped"
+@pytest.mark.parametrize("run", RUNS)
+def test_a_run_that_was_stopped_and_resumed_is_the_whole_one_bit_by_bit(runs: Path, run: str) -> None:
+    whole, resumed = runs / f"{run}-whole", runs / f"{run}-stopped"
     weights = [load_file(run / "head" / "model.safetensors") for run in (whole, resumed)]
     assert weights[0].keys() == weights[1].keys()
     assert all(weights[0][key].equal(weights[1][key]) for key in weights[0])
@@ -68,51 +74,45 @@ def test_a_run_that_was_stopped_and_resumed_is_the_whole_one_bit_by_bit(runs: Pa
     ]
 
 
-@pytest.mark.parametrize("strategy", [None, "deepspeed_stage_3"])
-def test_a_run_that_is_stopped_in_a_validation_repeats_it(
-    runs: Path, go: Go, tmp_path: Path, strategy: str | None
-) -> None:
-    settings = fields() if strategy is None else two(strategy)
+@pytest.mark.parametrize("run", ["single", *also("deepspeed_stage_3")])
+def test_a_run_that_is_stopped_in_a_validation_repeats_it(runs: Path, go: Go, tmp_path: Path, run: str) -> None:
+    settings = fields() if run == "single" else two(run)
     cases = [
         Case("stopped", settings, stop_at="validation"),
         Case("resumed", settings | {"run_dir": tmp_path / "stopped", "ckpt_path": "last"}),
     ]
-    done = go(tmp_path, cases, ranks=1 if strategy is None else 2)
+    done = go(tmp_path, cases, ranks=1 if run == "single" else 2)
     assert done.returned == {"stopped": STOPPED, "resumed": 0}, done.output
     assert "step00000003.ckpt. Go on with" in done.output, "saved as the validation began"
-    whole = runs / f"{'single' if strategy is None else strategy}-whole"
+    whole = runs / f"{run}-whole"
     assert everything_logged(tmp_path / "stopped") == everything_logged(whole)
     weights = [load_file(run / "head" / "model.safetensors") for run in (whole, tmp_path / "stopped")]
     assert all(weights[0][key].equal(weights[1][key]) for key in weights[0])
 
 
 @pytest.fixture(scope="module")
-def crossings(runs: Path, go: Go) -> Path:
-    """Runs of two ranks taken up by one, and of one by two; and from strategy to strategy."""
+def crossings(request: pytest.FixtureRequest, runs: Path, go: Go) -> Path:
+    """Runs that are stopped, and taken up by other ranks or another strategy: `FROM-by-TO`, one: without ranks."""
+    names = [name for (name,) in sorted(asked_for(request, "name"))]
+    ways = {name: name.split("-by-") for name in names}
+    first = {begun for begun, _ in ways.values()} | {"single"}
+    stopped = {s: Case(f"{s}-left", fields() if s == "single" else two(s), stop_at=STOP) for s in sorted(first)}
 
     def left(name: str) -> Path:
         return progress_checkpoints(runs / f"{name}-left" / "checkpoints")[-1]
 
-    alone = [Case(f"{strategy}-by-one", fields(ckpt_path=left(strategy))) for strategy in STRATEGIES]
-    alone.append(Case("single-left", fields(), stop_at=STOP))
-    done = go(runs, alone)
-    assert list(done.returned.values()) == [0] * len(STRATEGIES) + [STOPPED], done.output
-    together = [Case(f"single-by-{s}", two(s, ckpt_path=left("single"))) for s in STRATEGIES]
-    together += [
-        Case("3-by-2", two("deepspeed_stage_2", ckpt_path=left("deepspeed_stage_3"))),
-        Case("1-by-3", two("deepspeed_stage_3", ckpt_path=left("deepspeed_stage_1"))),
-        Case("2-by-ddp", two("ddp", ckpt_path=left("deepspeed_stage_2"))),
-    ]
-    done = go(runs, together, ranks=2)
-    assert set(done.returned.values()) == {0}, done.output
+    together = [stopped.pop(name) for name in list(stopped) if name != "single"]
+    for cases, ranks in ((list(stopped.values()), 1), (together, 2)):
+        assert not cases or set(go(runs, cases, ranks).returned.values()) == {STOPPED}
+    alone = [Case(name, fields(ckpt_path=left(begun))) for name, (begun, by) in ways.items() if by == "one"]
+    together = [Case(name, two(by, ckpt_path=left(begun))) for name, (begun, by) in ways.items() if by != "one"]
+    for cases, ranks in ((alone, 1), (together, 2)):
+        assert not cases or set(go(runs, cases, ranks).returned.values()) == {0}
     return runs
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(
-    "name",
-    [*(f"{s}-by-one" for s in STRATEGIES), *(f"single-by-{s}" for s in STRATEGIES), "3-by-2", "1-by-3", "2-by-ddp"],
-)
+@pytest.mark.parametrize("name", CROSSINGS)
 def test_other_ranks_and_strategies_go_on_along_the_same_curve(crossings: Path, name: str) -> None:
     whole, resumed = logged(crossings / "single-whole", "train/loss"), logged(crossings / name, "train/loss")
     assert len(resumed) == STEPS - STOP - 1 and resumed == pytest.approx(whole[STOP + 1 :], rel=1e-3)

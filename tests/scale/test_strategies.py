@@ -9,17 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from scale_runs import Case, Done, logged
+from scale_runs import Case, Done, also, asked_for, logged, some_strategies
 
 from spd_lightning.head.loading import load_head
 from spd_lightning.head.zero import open_parts
 from spd_lightning.training.saving import progress_checkpoints
 
 Go = Callable[..., Done]
-STEPS = 50
-STRATEGIES = ("ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")
+STEPS, ROWS = 50, 8
 #: rows per optimizer step: accumulation 1, 2 and 4 on two ranks with 2 rows per micro-batch
-GLOBAL = (4, 8, 16)
+GLOBAL = [ROWS, *also(4, 16)]
 
 
 def fields(rows: int, **changes: Any) -> dict[str, Any]:
@@ -29,15 +28,15 @@ def fields(rows: int, **changes: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def runs(go: Go, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(request: pytest.FixtureRequest, go: Go, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every strategy and accumulation on two ranks, and one rank for each global batch."""
     folder = tmp_path_factory.mktemp("strategies")
-    alone = [Case(f"alone-{rows}", fields(rows)) for rows in GLOBAL]
+    asked = sorted(asked_for(request, "strategy", "rows"))
+    alone = [Case(f"alone-{rows}", fields(rows)) for rows in sorted({rows for _, rows in asked})]
     assert set(go(folder, alone).returned.values()) == {0}
     together = [
         Case(f"{strategy}-{rows}", fields(rows, trainer__devices=2, trainer__strategy=strategy))
-        for rows in GLOBAL
-        for strategy in STRATEGIES
+        for strategy, rows in asked
     ]
     done = go(folder, together, ranks=2)
     assert set(done.returned.values()) == {0}, done.output
@@ -46,7 +45,7 @@ def runs(go: Go, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("rows", GLOBAL)
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", some_strategies())
 def test_the_loss_curve_is_that_of_one_rank(runs: Path, strategy: str, rows: int) -> None:
     alone, together = (logged(runs / name, "train/loss") for name in (f"alone-{rows}", f"{strategy}-{rows}"))
     assert len(alone) == STEPS and together == pytest.approx(alone, rel=2e-3)
@@ -55,7 +54,7 @@ def test_the_loss_curve_is_that_of_one_rank(runs: Path, strategy: str, rows: int
 
 
 @pytest.mark.parametrize("rows", GLOBAL)
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", some_strategies())
 def test_validation_on_two_ranks_counts_what_one_rank_counts(runs: Path, strategy: str, rows: int) -> None:
     for name in ("cycles", "decoded_tokens", "acceptance", "lossless", "drift"):
         alone, together = (logged(runs / r, f"val/{name}") for r in (f"alone-{rows}", f"{strategy}-{rows}"))
@@ -86,9 +85,9 @@ def test_ranks_have_unequal_numbers_of_supervised_positions(model_folder: Path, 
         assert batch.share.supervised == (a + b) / 2
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", some_strategies())
 def test_checkpoints_hold_the_head_and_no_tensor_of_the_target(runs: Path, strategy: str) -> None:
-    newest = progress_checkpoints(runs / f"{strategy}-4" / "checkpoints")[-1]
+    newest = progress_checkpoints(runs / f"{strategy}-{ROWS}" / "checkpoints")[-1]
     if strategy == "ddp":
         names = set(torch.load(newest, weights_only=True)["state_dict"])
     else:
@@ -97,7 +96,7 @@ def test_checkpoints_hold_the_head_and_no_tensor_of_the_target(runs: Path, strat
             held = torch.load(part, weights_only=False)["module"]
             assert not [name for name in held if name.startswith("target.")], part
     assert names and all(name.startswith("head.") for name in names)
-    head, exported = load_head(newest), load_head(runs / f"{strategy}-4")
+    head, exported = load_head(newest), load_head(runs / f"{strategy}-{ROWS}")
     assert head.config == exported.config
-    record = json.loads((runs / f"{strategy}-4" / "run.json").read_text())
+    record = json.loads((runs / f"{strategy}-{ROWS}" / "run.json").read_text())
     assert record["status"] == "finished"
