@@ -40,6 +40,14 @@ def one_torch_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def no_tracking() -> Iterator[None]:
+    """Runs of tests are logged to no W&B run; tests of tracking say otherwise."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_MODE", "disabled")
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def datasets_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """What `datasets` and the stores of tokens cache belongs to the session, not to the user's home."""
     os.environ["SPD_CACHE"] = str(tmp_path_factory.mktemp("tokens"))

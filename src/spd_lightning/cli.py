@@ -45,6 +45,10 @@ COMMANDS = (
     ),
     Command("import", "Deploy", "turn a published version-11 head into such a folder", "export:run_import"),
     Command("bench", "Deploy", "measure a head on prompt sets: acceptance, speedup, losslessness", "bench:run"),
+    Command("sweep", "Track and compare", "run a W&B sweep file here, without a server", "sweep:run"),
+    Command("profile", "Track and compare", "measure what a cycle's parts cost on this machine", "profile:run"),
+    Command("report", "Track and compare", "one HTML file about one or several runs", "report:run"),
+    Command("doctor", "Track and compare", "look at this machine, prove that it works, say what to mend", "doctor:run"),
     Command("data", "Data", "prepare, preview and regenerate conversations, count a draft vocabulary", "data:run"),
 )
 

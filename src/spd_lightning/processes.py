@@ -10,6 +10,8 @@ import sys
 
 #: Set for the ranks that `--workers` starts: the process number of who did.
 PARENT = "SPD_WORKER"
+#: Set for a command that another one runs and ends with; not handed on to what the command starts itself.
+OWNER = "SPD_OWNER"
 #: Exit status of a rank that ends because another one is gone.
 VICTIM = 75
 
@@ -20,11 +22,11 @@ def started_here() -> bool:
 
 
 def die_with_parent() -> None:
-    """End when the process that started this rank does; to be called before anything that takes time.
+    """End when the process that started this one does, if it says so; to be called before anything that takes time.
 
     Linux alone does it at once. Elsewhere the lost store of the job tells.
     """
-    parent = os.environ.get(PARENT, "")
+    parent = os.environ.pop(OWNER, "") or os.environ.get(PARENT, "")
     if not parent.isdigit() or not sys.platform.startswith("linux"):
         return
     with contextlib.suppress(OSError, AttributeError):

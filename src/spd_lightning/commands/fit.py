@@ -25,6 +25,7 @@ SECTIONS = {
     "data": "conversations to train and validate on, batches",
     "decoding": "real decoding at every validation: acceptance p and speedup S, losslessness, drift",
     "final": "real decoding at the end, on prompts that no validation has seen",
+    "tracking": "where the run can be followed: W&B, TensorBoard, CSV; sample generations",
     "survival": "when the state is saved, what is skipped, how long a silent rank is waited for",
     "trainer": "Lightning's Trainer: steps, devices, precision, strategy, loggers",
 }

@@ -48,13 +48,18 @@ class Models:
 
 
 def add_model_flags(parser: CommandParser, head_required: bool = False) -> None:
-    """Target, head and how they are loaded; one flag per field of `Loading`."""
-    models = parser.add_argument_group("models")
-    models.add_argument("--target", required=True, help="folder or hub id of the target; 'tiny' is built in")
+    """Target, head and how they are loaded."""
+    models = add_target_flags(parser)
     models.add_argument(
         "--head", required=head_required, help="run directory, exported folder, hub id, .ckpt or version-11 .pt"
     )
     models.add_argument("--num-stages", type=int, metavar="N", help="refuse a head with other than N stages")
+
+
+def add_target_flags(parser: CommandParser) -> Any:
+    """A target and how it is loaded, one flag per field of `Loading`; returns their group."""
+    models = parser.add_argument_group("models")
+    models.add_argument("--target", required=True, help="folder or hub id of the target; 'tiny' is built in")
     models.add_argument("--dtype", default="auto", help="auto (bfloat16 on a GPU, else float32) or a torch name")
     models.add_argument("--revision", help="hub revision of the target: branch, tag or commit")
     models.add_argument("--attention", default="auto", help="the target's kernel: auto, eager, sdpa, ...")
@@ -66,6 +71,14 @@ def add_model_flags(parser: CommandParser, head_required: bool = False) -> None:
     models.add_argument("--offline", action="store_true", help="use only what is on this machine already")
     models.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the target")
     models.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: a GPU where there is one")
+    return models
+
+
+def loading_of(options: Namespace) -> Any:
+    """The `Loading` that flags ask for."""
+    from spd_lightning.target.loading import Loading
+
+    return Loading(**{field.name: getattr(options, field.name) for field in fields(Loading)})
 
 
 def load_models(options: Namespace, me: Member | None = None, whole: bool = True) -> Models:
@@ -82,7 +95,7 @@ def load_models(options: Namespace, me: Member | None = None, whole: bool = True
 
     from spd_lightning.decoding.decoder import SpdDecoder
     from spd_lightning.head.loading import load_head
-    from spd_lightning.target.loading import Loading, check_target, load_target, load_tokenizer
+    from spd_lightning.target.loading import check_target, load_target, load_tokenizer
 
     if me is not None:
         from spd_lightning.commands.ranks import load_rank
@@ -90,7 +103,7 @@ def load_models(options: Namespace, me: Member | None = None, whole: bool = True
         return load_rank(options, me, whole)
     disable_progress_bar()
     device = torch_device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    loading = Loading(**{field.name: getattr(options, field.name) for field in fields(Loading)})
+    loading = loading_of(options)
     check_target(options.target, loading=loading, named=lambda name: "--" + name.replace("_", "-"))
     tokenizer = load_tokenizer(options.target, loading)
     target = load_target(options.target, num_stages=options.num_stages, device=device, loading=loading)

@@ -1,4 +1,4 @@
-"""The command plan: what each rank will hold in memory, before a run is started.
+"""The command plan: what each rank of a run will hold in memory, and how fast its head would decode.
 
 It reads recipes as fit does, but by `merging` and not by fit's parser. What fit refuses is fit's business; here only
 what the plan depends on is checked.
@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 from spd_lightning.commands.fit import SECTIONS, check_arguments, check_files, config_files, resolve_config_names
 from spd_lightning.commands.merging import Config, merged
 from spd_lightning.commands.parsing import CommandParser, did_you_mean
+from spd_lightning.commands.plan_speed import Speed, add_speed_flags, check_speed, fields_of, speed_of, tables
+from spd_lightning.commands.plan_speed import advice as speed_advice
 from spd_lightning.errors import InputError, first_line
 
 if TYPE_CHECKING:
@@ -25,7 +27,9 @@ if TYPE_CHECKING:
 _ABOUT = """\
 What each rank (GPU) of a training run will hold, computed before the run: the frozen target, the head's weights,
 gradients and optimizer state, and what a step needs, for DDP and every ZeRO stage; whether it fits, and the largest
-batch size that does. Nothing is loaded or allocated: of the target only config.json is read."""
+batch size that does. Nothing is loaded or allocated: of the target only config.json is read.
+With --hardware also the decoding side: predicted tokens per second for n = 2..16, heads of 1 to 4 layers, even and
+uneven splits, the head beside stage 0 or on its own rank; which to train, and where the head stops being hidden."""
 
 _EXAMPLES = """\
 examples
@@ -33,10 +37,12 @@ examples
   spd-lightning plan --config llama31_70b --gpus 16 --nodes 2 --gpu-memory 80GB
   spd-lightning plan --config llama31 --model.activation_checkpointing true --data.batch_size 8
   spd-lightning plan --config tiny --device cpu --json
+  spd-lightning plan --config tiny --device cpu --hardware cpu_tiny --run runs/tiny         predicted tokens/s
+  spd-lightning plan --config llama31 --gpus 8 --hardware h100.json --acceptance 4:0.83 8:0.81 16:0.78
 
 Recipes, overlays and --SECTION.FIELD VALUE as in fit. 1 GB is 10^9 bytes, 1 GiB 2^30. Counted is a full batch of the
 configured length in the worst moment of a step; docs/memory.md says what that is, and how plans compare with
-measurements. The exit status is 0 also if nothing fits."""
+measurements; docs/speed.md has the formulas of the decoding side. The exit status is 0 also if nothing fits."""
 
 _PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
 _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -56,6 +62,7 @@ def parser() -> CommandParser:
         "--supervised", type=float, default=1.0, metavar="SHARE", help="of the positions feeds the loss (default: 1)"
     )
     made.add_argument("--json", action="store_true", help="print the plan as JSON")
+    add_speed_flags(made)
     return made
 
 
@@ -89,8 +96,14 @@ def run(argv: list[str]) -> int:
     check_files(files)
     check_arguments(arguments, files)
     memory = parse_bytes(options.gpu_memory, "--gpu-memory")
-    asked = asked_of(Config(merged(arguments, files)), options, memory)
-    return _report(asked, as_json=options.json)
+    config = Config(merged(arguments, files))
+    asked = asked_of(config, options, memory)
+    speed = None
+    if options.hardware is not None:
+        head, anchors = asked.job.head, config["model.head.anchors"]
+        layers = sum(head.staircase.stage_layers)
+        speed = speed_of(options, layers, head.num_layers, head.V_d, len(anchors) if anchors else None)
+    return _report(asked, speed, as_json=options.json)
 
 
 # -- arguments -------------------------------------------------------------------------------------------------------
@@ -101,6 +114,7 @@ def _check(options: Namespace) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise InputError(f"--{name} {value}: expected at least 1.")
+    check_speed(options)
     if not 0 < options.supervised <= 1:
         raise InputError(f"--supervised {options.supervised}: expected a share above 0 and up to 1.")
 
@@ -321,14 +335,15 @@ def _rescue(asked: Asked) -> str:
 # -- telling ---------------------------------------------------------------------------------------------------------
 
 
-def _report(asked: Asked, as_json: bool) -> int:
+def _report(asked: Asked, speed: Speed | None, as_json: bool) -> int:
     from spd_lightning.memory.ranks import STRATEGIES, largest_batch, rank_memory
 
     plans = [rank_memory(asked.job, strategy, asked.batch_size) for strategy in STRATEGIES]
     largest = {strategy.name: largest_batch(asked.job, strategy, asked.memory) for strategy in STRATEGIES}
     said = advice(asked, largest)
     if as_json:
-        print(json.dumps(_fields(asked, plans, largest, said), indent=1))
+        decoding = {} if speed is None else {"decoding": fields_of(speed)}
+        print(json.dumps(_fields(asked, plans, largest, said) | decoding, indent=1))
         return 0
     from rich.console import Console
 
@@ -338,6 +353,11 @@ def _report(asked: Asked, as_json: bool) -> int:
     for line in _notes(asked, plans):
         console.print(line, highlight=False)
     console.print(said, style="bold", highlight=False)
+    if speed is not None:
+        for table in tables(speed):
+            console.print(table)
+        for line in speed_advice(speed):
+            console.print(line, style="bold", highlight=False)
     return 0
 
 

@@ -93,32 +93,19 @@ def load_rank(options: Namespace, me: Member, whole: bool) -> Models:
     Args:
         whole: whether the leading rank keeps the whole target, for baselines.
     """
-    from dataclasses import fields
-
-    import torch
     from transformers.utils.logging import disable_progress_bar
 
-    from spd_lightning.commands.models import Models, torch_device
+    from spd_lightning.commands.models import Models, loading_of
     from spd_lightning.decoding.pipeline import PipelineDecoder
     from spd_lightning.decoding.topology import Roles
     from spd_lightning.head.digest import weights_digest
     from spd_lightning.head.loading import check_fits, find_head, read_source
-    from spd_lightning.target.loading import Loading, load_target, load_tokenizer
+    from spd_lightning.target.loading import load_target, load_tokenizer
     from spd_lightning.target.stage_loading import load_stage
     from spd_lightning.target.target import check_head_fits
 
     disable_progress_bar()
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    cuda = torch.cuda.is_available() and (options.device or "cuda").startswith("cuda")
-    if cuda and local >= torch.cuda.device_count():
-        raise InputError(
-            f"rank {me.rank} has no GPU of its own ({torch.cuda.device_count()} on this machine): start fewer "
-            "ranks, or set --device cpu."
-        )
-    device = torch_device(f"cuda:{local}" if cuda else options.device or "cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    loading = Loading(**{field.name: getattr(options, field.name) for field in fields(Loading)})
+    device, loading = rank_device(options.device, me.rank), loading_of(options)
     found = find_head(options.head)
     if found.kind == "version 11":
         raise InputError(f"--head {options.head}: turn it into a folder first (spd-lightning import).")
@@ -153,6 +140,28 @@ def load_rank(options: Namespace, me: Member, whole: bool) -> Models:
         on_state=lambda state: setattr(me, "state", state),
     )
     return Models(tokenizer, target, head, decoder)
+
+
+def rank_device(wanted: str | None, rank: int) -> Any:
+    """The device of this rank: a GPU of its own where GPUs are wanted and there.
+
+    Args:
+        wanted: --device.
+    """
+    import torch
+
+    from spd_lightning.commands.models import torch_device
+
+    if not torch.cuda.is_available() or not (wanted or "cuda").startswith("cuda"):
+        return torch_device(wanted or "cpu")
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if local >= torch.cuda.device_count():
+        raise InputError(
+            f"rank {rank} has no GPU of its own ({torch.cuda.device_count()} on this machine): start fewer "
+            "ranks, or set --device cpu."
+        )
+    torch.cuda.set_device(local)
+    return torch_device(f"cuda:{local}")
 
 
 def _names(options: Namespace, head_digest: str) -> dict[str, str]:

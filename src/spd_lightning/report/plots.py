@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 BLUE, GREEN, AMBER, RED, PINK, GREY, PALE, INK = (
     "#33658a", "#2a9d8f", "#e9b949", "#d1495b", "#f3c5cb", "#c3cad1", "#f2f4f6", "#2b2d33",
 )  # fmt: skip
+#: Colours of runs side by side.
+SERIES = (BLUE, GREEN, AMBER, RED, "#7a5195", "#8d6a4f", "#5b8e7d", "#bc4b51")
 #: What became of the token in a cell of the occupancy diagram, in the order of the legend.
 FATES = {
     "accepted": (GREEN, "accepted draft"),
@@ -43,9 +45,9 @@ def plot_training(metrics: Path, out: Path) -> Path:
 
     Args:
         metrics: metrics.jsonl, one dict per logged step with "tokens" and the metrics' names.
-        out: the PNG to write.
+        out: the PNG or SVG to write.
     """
-    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = metric_lines(metrics)
     figure = _figure(8.0, 6.4)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(1.0, 1.15))
     tokens, loss = _series(lines, "train/loss")
@@ -112,6 +114,94 @@ def _line(axes: Axes, x: Sequence[float], y: Sequence[float], color: str) -> Non
     mean = [sum(values) / len(values) for values in around]
     axes.plot(x, y, color=color, lw=0.8, alpha=0.3)
     axes.plot(x, mean, color=color, lw=1.8)
+
+
+def plot_runs(runs: Mapping[str, Path], out: Path) -> Path:
+    """Acceptance of real decoding over training tokens, of several runs.
+
+    Args:
+        runs: metrics.jsonl by the run's name.
+        out: the PNG or SVG to write.
+    """
+    figure = _figure(8.0, 4.0)
+    axes = figure.subplots()
+    found = {name: _series(metric_lines(path), "val/acceptance") for name, path in runs.items()}
+    scale, unit = _token_unit(max((t for tokens, _ in found.values() for t in tokens), default=0.0))
+    for index, (name, (tokens, values)) in enumerate(found.items()):
+        color = SERIES[index % len(SERIES)]
+        axes.plot([t / scale for t in tokens], values, color=color, lw=1.8, marker="o", ms=5, mec="white", label=name)
+    _dress(axes, "Share of drafts accepted when the real decoder runs", "acceptance p")
+    axes.set_ylim(0, 1)
+    axes.set_xlabel(f"training tokens{unit}", color=INK)
+    if any(tokens for tokens, _ in found.values()):
+        axes.legend(loc="best", fontsize=8, frameon=False)
+    else:
+        _nothing(axes, "no validation yet")
+    return _save(figure, out)
+
+
+def plot_acceptance_by_position(rows: Sequence[Row], out: Path) -> Path:
+    """Acceptance over the length of a generation.
+
+    Args:
+        rows: {"position", "count", "top1"}: new tokens before the draft, number of drafts, share accepted.
+        out: the PNG or SVG to write.
+    """
+    figure = _figure(8.0, 3.2)
+    axes = figure.subplots()
+    positions, values = [row["position"] for row in rows], [row["top1"] for row in rows]
+    # two standard errors of a share, clipped where a share ends
+    errors = [2 * (p * (1 - p) / max(row["count"], 1)) ** 0.5 for p, row in zip(values, rows, strict=True)]
+    low = [max(0.0, p - e) for p, e in zip(values, errors, strict=True)]
+    high = [min(1.0, p + e) for p, e in zip(values, errors, strict=True)]
+    axes.fill_between(positions, low, high, color=GREEN, alpha=0.18, lw=0)
+    axes.plot(positions, values, color=GREEN, lw=1.8, marker="o", ms=5, mec="white")
+    _dress(axes, "Acceptance along a generation (band: two standard errors)", "acceptance p")
+    axes.set_ylim(0, 1)
+    axes.set_xlabel("new tokens before the draft", color=INK)
+    return _save(figure, out)
+
+
+def plot_sweep(
+    values: Sequence[float | None], importances: Mapping[str, float], metric: str, maximise: bool, out: Path
+) -> Path:
+    """What every trial of a sweep reached, with the best so far, and which fields the metric depends on.
+
+    Args:
+        values: of trials in the order in which they ran; None for those without one.
+        importances: share of each field; may be empty.
+        out: the PNG or SVG to write.
+    """
+    figure = _figure(10.0, 3.8)
+    left, right = figure.subplots(1, 2, width_ratios=(1.3, 1.0))
+    shown = [(number, value) for number, value in enumerate(values) if value is not None]
+    best: list[float] = []
+    for _, value in shown:
+        best.append(value if not best else max(best[-1], value) if maximise else min(best[-1], value))
+    left.scatter([n for n, _ in shown], [v for _, v in shown], color=BLUE, s=26, zorder=3, label="trial")
+    left.step([n for n, _ in shown], best, where="post", color=GREEN, lw=1.8, label="best so far")
+    _dress(left, "Trials", metric)
+    left.set_xlabel("trial", color=INK)
+    left.legend(fontsize=8, frameon=False)
+    names = sorted(importances, key=lambda name: importances[name])
+    right.barh(names, [importances[name] for name in names], color=BLUE)
+    _dress(right, "Which fields it depends on (PED-ANOVA)", "")
+    right.grid(False, axis="y")
+    right.set_xlabel("share", color=INK)
+    if not names:
+        _nothing(right, "too few finished trials, or one field")
+    return _save(figure, out)
+
+
+def metric_lines(metrics: Path) -> list[Row]:
+    """Lines of a metrics.jsonl; none where it is not there yet, and not one that is being written."""
+    found = []
+    for line in metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []:
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
 
 
 # -- acceptance by fill ----------------------------------------------------------------------------------------------
@@ -334,10 +424,10 @@ def _nothing(axes: Axes, text: str) -> None:
 
 
 def _save(figure: Figure, out: Path) -> Path:
-    """Write the PNG under a temporary name first: a reader never sees half a picture."""
+    """Write a PNG or SVG under a temporary name first: a reader never sees half a picture."""
     temporary = out.with_name(f".{out.name}.{os.getpid()}")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # token text in any script
-        figure.savefig(temporary, format="png", dpi=150)
+        figure.savefig(temporary, format=out.suffix.removeprefix("."), dpi=150)
     temporary.replace(out)
     return out

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -31,7 +33,7 @@ from spd_lightning.errors import InputError
 from spd_lightning.training.strategies import check_name as check_strategy_name
 from spd_lightning.training.strategies import register as register_strategies
 
-Classes = tuple[type, type, type, type, type]
+Classes = tuple[type, type, type, type, type, type]
 _REDUCED = "It is recommended to use .self.log"  # counts are reduced across ranks before they are logged
 
 
@@ -44,7 +46,7 @@ class SpdCLI(LightningCLI):
     """
 
     def __init__(self, prog: str, arguments: Sequence[str], classes: Classes, fields_only: bool = False) -> None:
-        module, data, self.decoding_class, self.final_class, self.survival_class = classes
+        module, data, self.decoding_class, self.final_class, self.tracking_class, self.survival_class = classes
         register_strategies()
         self.prog, self.fields_only = prog, fields_only
         # Lightning advertises its cloud products whenever a trainer is built
@@ -75,6 +77,7 @@ class SpdCLI(LightningCLI):
         parser.add_argument("--ckpt_path", type=str | None, default=None, help=SECTIONS["ckpt_path"])
         parser.add_lightning_class_args(self.decoding_class, "decoding")
         parser.add_class_arguments(self.final_class, "final", instantiate=False)
+        parser.add_class_arguments(self.tracking_class, "tracking", instantiate=False)
         parser.add_class_arguments(self.survival_class, "survival", instantiate=False)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -128,14 +131,15 @@ class SpdCLI(LightningCLI):
 
 
 def project_classes() -> Classes:
-    """The classes whose fields are the sections model, data, decoding, final and survival."""
+    """The classes whose fields are the sections model, data, decoding, final, tracking and survival."""
     from spd_lightning.training.data import SpdDataModule
     from spd_lightning.training.module import SpdModule
     from spd_lightning.training.run import FinalEvaluation
     from spd_lightning.training.survival import Survival
+    from spd_lightning.training.tracking import Tracking
     from spd_lightning.training.validation import DecodingValidation
 
-    return SpdModule, SpdDataModule, DecodingValidation, FinalEvaluation, Survival
+    return SpdModule, SpdDataModule, DecodingValidation, FinalEvaluation, Tracking, Survival
 
 
 def run(command: str, arguments: Sequence[str], files: Sequence[Path]) -> int:
@@ -144,11 +148,15 @@ def run(command: str, arguments: Sequence[str], files: Sequence[Path]) -> int:
     cli = parse(f"spd-lightning {command}", arguments, files, project_classes())
     from spd_lightning.training import run as runs
     from spd_lightning.training.survival import StoppedError
+    from spd_lightning.training.tracking import in_sweep
 
     try:
         runs.fit(cli) if command == "fit" else runs.validate(cli)
     except StoppedError as stopped:
         rank_zero_only(print)(str(stopped), file=sys.stderr, flush=True)
+        if in_sweep():  # its agent takes a status for a failure, and gives up after a few; a signal is none
+            signal.signal(stopped.signal, signal.SIG_DFL)
+            os.kill(os.getpid(), stopped.signal)
         return 128 + stopped.signal  # as a shell reports a signal
     except MisconfigurationException as error:
         raise InputError(f"trainer: {shorten(str(error))}") from error

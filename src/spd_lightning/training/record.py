@@ -33,6 +33,8 @@ class RunRecord:
     data: dict[str, Any] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)
     status: str = "running"
+    #: Where else the run is logged: id, project and mode of its W&B run.
+    tracking: dict[str, Any] = field(default_factory=dict)
     #: When the run began earlier and how each part of it ended, where it was resumed in its own directory.
     resumed: list[dict[str, Any]] = field(default_factory=list)
 
@@ -48,6 +50,7 @@ class RunRecord:
         part = {"began": earlier["began"], "status": earlier["status"].replace("running", "killed")}
         record.resumed = [*earlier.get("resumed", []), part]
         record.seconds = earlier["seconds"]
+        record.tracking = earlier.get("tracking", {})
         return record
 
     @rank_zero_only

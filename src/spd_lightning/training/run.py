@@ -8,18 +8,24 @@ run_dir/
   skipped/            batches of steps whose gradient was not finite, if any
   head/               the best head: config.json + model.safetensors
   plots/              PNG
+  generations.json    some generations of the final decoding, token by token
+  report.html         all of it to look at: one file, no network
+  wandb/, tensorboard/, csv/     as the section `tracking` says
 """
 
 from __future__ import annotations
 
 import json
+import resource
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from spd_lightning.decoding.decoder import CycleEvent, SpdDecoder
@@ -32,6 +38,7 @@ from spd_lightning.decoding.evaluation import (
     evaluate,
     losslessness,
 )
+from spd_lightning.decoding.generation import Generation
 from spd_lightning.decoding.sampling import Sampling
 from spd_lightning.errors import BrokenInvariantError, InputError
 from spd_lightning.files import write_whole
@@ -39,6 +46,7 @@ from spd_lightning.head.checkpoint import read_checkpoint
 from spd_lightning.head.config import HeadConfig
 from spd_lightning.head.folder import save_head
 from spd_lightning.head.loading import load_head
+from spd_lightning.provenance import commit, versions
 from spd_lightning.staircase import Staircase
 from spd_lightning.target.gathering import in_pieces
 from spd_lightning.target.loading import check_target, load_target
@@ -66,6 +74,7 @@ from spd_lightning.training.survival import (
     Survival,
 )
 from spd_lightning.training.throughput import Throughput
+from spd_lightning.training.tracking import Tracker, Tracking
 from spd_lightning.training.validation import DecodingValidation
 
 
@@ -99,6 +108,8 @@ def fit(cli: Any) -> Path:
     """The main job: check, train with real decoding in every validation, evaluate, report."""
     module, data, trainer = cli.model, cli.datamodule, cli.trainer
     final, survival = FinalEvaluation(**plain(cli.config["final"])), Survival(**plain(cli.config["survival"]))
+    tracking = Tracking(**plain(cli.config["tracking"]))
+    tracking.check()
     ckpt_path = _resumed_from(cli)
     staircase = _prepare(cli, None if ckpt_path is None else read_header(ckpt_path))
     in_place = cli.config.get("ckpt_path") == "last"
@@ -108,13 +119,21 @@ def fit(cli: Any) -> Path:
     record.save()
     if trainer.is_global_zero:
         write_whole(directory / "config.yaml", cli.parser.dump(cli.config), "run_dir:")
+    tracker: Tracker | None = None
     try:
         with record.phase("load data"):
             data.setup("fit")
             record.data = fingerprint(data)
             seen = max(_validation_decoding(trainer).prompts, data.validation_samples)  # by validations
             _check_data(module, data, _validation_decoding(trainer), final, seen)
-        stop = _attach(trainer, directory, survival)
+        tracker = Tracker(tracking, directory, record.tracking.get("wandb", {}).get("id"), trainer.is_global_zero)
+        record.tracking = tracker.begin(
+            record.config, {"commit": commit(), "versions": versions(), "data": record.data}
+        )
+        record.save()
+        if tracker.where:
+            print(tracker.where, flush=True)
+        stop = _attach(trainer, directory, survival, tracker.loggers)
         with record.phase("train and validate"), stop.listening():
             trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
         best = _export_best(trainer, module, directory)
@@ -126,15 +145,25 @@ def fit(cli: Any) -> Path:
             with record.phase("final decoding"):
                 _final(record, module, target, data, final, skip=seen)
             with record.phase("plots"):
-                _plots(record, module, target, data)
+                watched = _samples(record, target, data, tracking.samples, seen, final.max_new_tokens)
+                _plots(record, data, watched, module)
+        record.results["peak_memory_bytes"] = peak_memory(trainer.strategy.root_device)
         record.status = "finished"
         record.save()
+        if trainer.is_global_zero:
+            tracker.end(json.loads((directory / "run.json").read_text(encoding="utf-8")))
+        tracker.close("finished")
     except BaseException as error:
-        record.fail(error, "stopped" if isinstance(error, StoppedError) else "failed")
+        how = "stopped" if isinstance(error, StoppedError) else "failed"
+        record.fail(error, how)
+        if tracker is not None:
+            tracker.close(how)
         raise
-    from spd_lightning.report.summary import print_summary
-
     if trainer.is_global_zero:
+        from spd_lightning.report.html import write_report
+        from spd_lightning.report.summary import print_summary
+
+        write_report([directory], directory / "report.html")
         print_summary(json.loads((directory / "run.json").read_text()), directory, staircase.num_stages)
     return directory
 
@@ -187,18 +216,21 @@ def _prepare(cli: Any, header: Header | None, resumes: bool = True) -> Staircase
     staircase = module.check()
     data.choose_packing(module.packing_refusal())
     data.share_out(trainer, header.data if header is not None and resumes else None)
-    _validation_decoding(trainer).schedule(trainer)
+    decoding = _validation_decoding(trainer)
+    decoding.schedule(trainer)
+    if decoding.profile is not None:
+        decoding.profile.check_fits(staircase.num_layers, f"decoding.hardware={decoding.hardware!r}")
     return staircase
 
 
 # -- pieces of fit -----------------------------------------------------------------------------------------------------
 
 
-def _attach(trainer: L.Trainer, directory: Path, survival: Survival) -> StopOnSignal:
+def _attach(trainer: L.Trainer, directory: Path, survival: Survival, loggers: Sequence[Logger]) -> StopOnSignal:
     """Logger, checkpoints and watchmen of the run directory, beside whatever the user configured."""
     _keep_whole(trainer)
     log = JsonLinesLogger(directory / "metrics.jsonl")
-    trainer.loggers = [*trainer.loggers, log]
+    trainer.loggers = [*trainer.loggers, *loggers, log]
     folder = directory / "checkpoints"
     progress = SaveProgress(
         folder, survival.keep, survival.save_every_steps, survival.save_every_minutes, resumed=log.go_on_at
@@ -356,10 +388,29 @@ def _figures(result: Result) -> dict[str, Any]:
         "accepted_per_restart": pooled.accepted_per_restart,
         "seconds": round(result.seconds, 2),
         "by_fill": acceptance_by_fill(result.generations) if pooled.drafts_verified else [],
+        "by_position": acceptance_by_position(result.generations) if pooled.drafts_verified else [],
     }
 
 
-def acceptance_by_fill(generations: Sequence[Any]) -> list[dict[str, float]]:
+def peak_memory(device: torch.device) -> int:
+    """Bytes that this process held at most: of the GPU where there is one, else resident."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def acceptance_by_position(generations: Sequence[Generation], width: int = 8) -> list[dict[str, float]]:
+    """Real acceptance by how many new tokens came before, in steps of `width`."""
+    counts: dict[int, list[int]] = {}
+    for g in generations:
+        for position, accepted in enumerate(g.accepted_flags, start=1):
+            row = counts.setdefault(position // width * width, [0, 0])
+            row[0] += 1
+            row[1] += accepted
+    return [{"position": at, "count": n, "top1": a / n} for at, (n, a) in sorted(counts.items())]
+
+
+def acceptance_by_fill(generations: Sequence[Generation]) -> list[dict[str, float]]:
     """Real acceptance by the number of tokens in flight when the draft was made."""
     counts: dict[int, list[int]] = {}
     for g in generations:
@@ -373,7 +424,28 @@ def acceptance_by_fill(generations: Sequence[Any]) -> list[dict[str, float]]:
     return [{"fill": f, "count": n, "top1": a / n} for f, (n, a) in sorted(counts.items())]
 
 
-def _plots(record: RunRecord, module: SpdModule, target: Target, data: SpdDataModule) -> None:
+def _samples(
+    record: RunRecord, target: Target, data: SpdDataModule, count: int, skip: int, max_new_tokens: int
+) -> list[tuple[Generation, list[CycleEvent]]]:
+    """The first final prompts once more, watched cycle by cycle; kept in generations.json, and for the plots."""
+    from spd_lightning.report import generations
+
+    decode = data.encoder.tokenizer.decode
+    head = load_head(record.directory / "head", target)
+    decoder, watched, kept = SpdDecoder(target, head), [], []
+    for prompt in data.prompts(max(1, count), skip=skip):
+        events: list[CycleEvent] = []
+        found = decoder.generate(prompt, max_new_tokens, observer=events.append)
+        watched.append((found, events))
+        kept.append(generations.sample(decode(prompt), found, events, lambda token: str(decode([token]))))
+    content = {"format": generations.FORMAT, "num_stages": head.staircase.num_stages, "samples": kept[:count]}
+    write_whole(record.directory / "generations.json", json.dumps(content) + "\n", "run_dir:")
+    return watched
+
+
+def _plots(
+    record: RunRecord, data: SpdDataModule, watched: Sequence[tuple[Generation, list[CycleEvent]]], module: SpdModule
+) -> None:
     from spd_lightning.report.plots import plot_acceptance_by_fill, plot_occupancy, plot_training
 
     folder = record.directory / "plots"
@@ -385,11 +457,9 @@ def _plots(record: RunRecord, module: SpdModule, target: Target, data: SpdDataMo
     plot_acceptance_by_fill(
         module.teacher_forced_by_fill, folder / "acceptance_by_fill.png", decoded=greedy["by_fill"] if greedy else None
     )
-    head = load_head(record.directory / "head", target)
-    events: list[CycleEvent] = []
-    SpdDecoder(target, head).generate(data.prompts(1)[0], 48, observer=events.append)
     decode = data.encoder.tokenizer.decode
-    plot_occupancy(events, head.staircase.num_stages, folder / "occupancy.png", text=lambda token: decode([token]))
+    found, events = watched[0]
+    plot_occupancy(events, found.num_stages, folder / "occupancy.png", text=lambda token: decode([token]))
 
 
 def _acceptance(result: Result) -> float:

@@ -26,17 +26,23 @@ from spd_lightning.decoding.checks import Divergence, drift, lossless_divergence
 from spd_lightning.decoding.decoder import SpdDecoder, autoregressive_generate
 from spd_lightning.decoding.generation import Generation
 from spd_lightning.decoding.pipeline import PipelineDecoder
+from spd_lightning.decoding.simulator import simulate
 from spd_lightning.decoding.topology import Groups, Roles
 from spd_lightning.decoding.trace import breakdown
 from spd_lightning.errors import BrokenInvariantError, InputError
 from spd_lightning.head.module import SpeculationHead
+from spd_lightning.speed.hardware import read_profile
+from spd_lightning.speed.model import costs_of, design_of
 from spd_lightning.target.gathering import in_pieces
 from spd_lightning.target.target import Target, is_placed
 from spd_lightning.training.carousel import whole_weights
 from spd_lightning.training.data import SpdDataModule
 
 #: Counts that ranks add up before any ratio is taken, in this order.
-COUNTS = ("prompts", "new_tokens", "cycles", "verified", "accepted", "mismatches", "ties", "drift", "drift_ties")
+COUNTS = (
+    "prompts", "new_tokens", "cycles", "verified", "accepted", "mismatches", "ties", "drift", "drift_ties",
+    "predicted_seconds",
+)  # fmt: skip
 #: Sums that a pipeline of ranks adds to them; the first two over the same prompts, the others over all cycles.
 CLOCK = ("decode_seconds", "plain_seconds", "cycle_ms", "slowest_ms", "head_slack_ms", "bubbles")
 #: Prompts of each pipeline and validation whose plain decoding is timed again, next to the pipeline's.
@@ -51,6 +57,9 @@ class DecodingValidation(L.Callback):
         max_new_tokens: new tokens per prompt.
         directory: where a checkpoint is saved before the run is failed; default: the trainer's root directory.
         every_steps: validate every so many optimizer steps; null: as trainer.val_check_interval says, in batches.
+        hardware: profile of the machine that will decode (a file, or a name such as cpu_tiny): the clock of this head
+            there is predicted from the verdicts as they fell, and logged as val/predicted_tokens_per_second.
+        head_alone: predict for a head on a rank of its own, n + 1 ranks in all; otherwise it is beside stage 0.
     """
 
     def __init__(
@@ -59,6 +68,8 @@ class DecodingValidation(L.Callback):
         max_new_tokens: int = 64,
         directory: str | None = None,
         every_steps: int | None = None,
+        hardware: str | None = None,
+        head_alone: bool = False,
     ) -> None:
         for name, value, least in (
             ("prompts", prompts, 1),
@@ -69,6 +80,8 @@ class DecodingValidation(L.Callback):
                 raise InputError(f"decoding.{name}={value}: expected at least {least}.")
         self.prompts, self.max_new_tokens, self.directory = prompts, max_new_tokens, directory
         self.every_steps = every_steps
+        self.profile = None if hardware is None else read_profile(hardware, "decoding.hardware")
+        self.hardware, self.head_alone = hardware, head_alone
         #: Called by all ranks after each round of prompts; a run that is told to stop leaves there.
         self.between_prompts: Callable[[L.Trainer], None] = lambda trainer: None
         self.reference: dict[tuple[int, ...], Generation] = {}
@@ -259,6 +272,7 @@ class DecodingValidation(L.Callback):
                     divergence is not None and divergence.tie,
                     len(drifted),
                     len(ties),
+                    self._predicted_seconds(head, found),
                 ],
                 dtype=torch.float64,
                 device=counts.device,
@@ -266,6 +280,13 @@ class DecodingValidation(L.Callback):
             bad += _complaints(number, divergence, drifted)
         head.train(was_training)
         return counts, bad
+
+    def _predicted_seconds(self, head: SpeculationHead, found: Generation) -> float:
+        """What this generation would take on the profile's machine."""
+        if self.profile is None or not found.accepted_flags:
+            return 0.0
+        costs = costs_of(self.profile, design_of(head.config, self.head_alone))
+        return simulate(costs, found.accepted_flags, len(found.accepted_flags)).seconds
 
     def _plain(self, target: Target, prompt: list[int]) -> Generation:
         """Plain decoding of a prompt; the target is frozen, so once per run is enough."""
@@ -289,6 +310,10 @@ class DecodingValidation(L.Callback):
             "decoding_seconds" if parallel else "decoding_seconds_simulated": seconds,
             "decoding_share_of_time": self.spent / max(time.perf_counter() - self.began, 1e-9),
         }
+        if self.profile is not None and totals["predicted_seconds"]:
+            rate = (totals["new_tokens"] - totals["prompts"]) / totals["predicted_seconds"]
+            values["predicted_tokens_per_second"] = rate
+            values["predicted_speedup"] = rate * self.profile.plain / 1e3
         if parallel and cycles:
             if totals["decode_seconds"]:  # over plain decoding on one rank's hardware
                 values["wall_clock_speedup"] = totals["plain_seconds"] / totals["decode_seconds"]

@@ -1,0 +1,183 @@
+"""The speed model against the clock: predicted S and tokens per second of designs, beside measured ones.
+
+Two ranks of one thread each measure a hardware profile of a target, as `spd-lightning profile` does, and then decode
+with heads of several designs on the same two ranks, n = 2, in the same run. Verdicts are a coin's (forced acceptance),
+so that predictions and measurements are about the same p. Trained heads then: S from their acceptance by fill alone.
+
+    .venv/bin/python benchmarks/speed_model.py --run runs/tiny      writes records/speed_model.json; about 5 minutes
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from common import RECORDS, cores_of_others, renew_readme, write_record  # noqa: E402
+from pipeline import QUIET, SIZES, leave, target_of  # noqa: E402
+
+from spd_lightning.decoding.launch import launched, member  # noqa: E402
+from spd_lightning.decoding.pipeline import PipelineDecoder  # noqa: E402
+from spd_lightning.decoding.workers import run_ranks  # noqa: E402
+from spd_lightning.head.loading import new_head  # noqa: E402
+from spd_lightning.speed.measure import measure_profile  # noqa: E402
+from spd_lightning.speed.model import Design, expected_acceptance, predict  # noqa: E402
+from spd_lightning.staircase import long_run_speedup  # noqa: E402
+from spd_lightning.target.loading import load_target  # noqa: E402
+from spd_lightning.target.target import Target  # noqa: E402
+
+#: (target, layers per stage, head layers, draft ids, acceptance).
+DESIGNS = (
+    ("tiny", (4, 4), 1, 4096, 0.7),
+    ("tiny", (4, 4), 1, 4096, 0.9),
+    ("tiny", (1, 7), 1, 1024, 0.8),
+    ("tiny", (3, 5), 2, 4096, 0.8),
+    ("150M", (9, 9), 1, 4096, 0.7),
+    ("150M", (9, 9), 1, 4096, 0.9),
+    ("150M", (7, 11), 1, 16384, 0.8),
+    ("150M", (5, 13), 2, 4096, 0.8),
+    ("150M", (5, 13), 3, 4096, 0.9),
+)
+NEW, PROMPT = 160, 64
+
+
+def target_named(name: str) -> Target:
+    return load_target("tiny") if name == "tiny" else target_of(SIZES[name])
+
+
+def as_rank(options: argparse.Namespace) -> None:
+    torch.set_num_threads(1)
+    with member() as me:
+        found: dict[str, Any] = {"profiles": {}, "designs": []}
+        for name in dict.fromkeys(design[0] for design in DESIGNS):
+            profile = measure_profile(target_named(name), name, me.rank, me.world)
+            found["profiles"][name] = {
+                "plain": profile.plain, "layer": statistics.mean(profile.layers), "embedding": profile.embedding,
+                "verification": profile.verification, "head": vars(profile.head), "link": vars(profile.link),
+            }  # fmt: skip
+            for _, split, head_layers, ids, p in (design for design in DESIGNS if design[0] == name):
+                target = target_named(name)
+                target.partition(stage_layers=split)
+                head = new_head(target, head_layers, draft_token_ids=range(ids)).eval()
+                decoder = PipelineDecoder(target, head)
+                rates, speeds = [], []
+                for seed in range(options.repeats + 1):  # the first one warms up
+                    dist.barrier()
+                    if decoder.leads:
+                        prompt = [i * 37 % target.vocab_size for i in range(PROMPT)]
+                        one = decoder.generate(prompt, NEW, eos_token_id=[], forced_acceptance=p, seed=seed)
+                        rates.append((NEW - 1) / one.decode_seconds)
+                        speeds.append(one.theoretical_speedup)
+                    else:
+                        decoder.follow(generations=1)
+                leads = decoder.leads
+                leave(decoder)
+                if leads:
+                    design = Design(tuple(split), head_layers, len(head.config.anchors), ids)
+                    predicted = predict(profile, design, [p])
+                    found["designs"].append(
+                        {
+                            "target": name, "stage_layers": list(split), "head_layers": head_layers, "draft_ids": ids,
+                            "acceptance": p, "S": statistics.median(speeds[1:]), "predicted_S": predicted.S,
+                            "tokens_per_second": statistics.median(rates[1:]),
+                            "predicted_tokens_per_second": predicted.tokens_per_second,
+                            "over_plain": statistics.median(rates[1:]) * profile.plain / 1e3,
+                            "predicted_over_plain": predicted.speedup,
+                        }
+                    )  # fmt: skip
+        if me.rank == me.world - 1:
+            Path(options.raw).write_text(json.dumps(found))
+
+
+def trained(run: Path) -> list[dict[str, Any]]:
+    """p and S of a finished run's head from nothing but its acceptance by fill, beside what its decoding measured."""
+    rows = []
+    for row in json.loads((run / "run.json").read_text())["results"]["final"]:
+        if row["by_fill"]:
+            n = row["num_stages"]
+            p = expected_acceptance([entry["top1"] for entry in row["by_fill"]])
+            rows.append(
+                {
+                    "drafter": row["drafter"], "temperature": row["temperature"], "n": n, "p": row["acceptance"],
+                    "predicted_p": p, "S": row["theoretical_speedup"], "predicted_S": long_run_speedup(n, p),
+                }
+            )  # fmt: skip
+    return rows
+
+
+def error(row: dict[str, Any], name: str) -> float:
+    return float(row[f"predicted_{name}"] / row[name] - 1)
+
+
+def markdown(found: dict[str, Any]) -> str:
+    lines = [
+        "| target | stages | head layers | draft ids | p | S | predicted | error | tokens/s | predicted | error |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in found["designs"]:
+        lines.append(
+            f"| {row['target']} | {row['stage_layers']} | {row['head_layers']} | {row['draft_ids']:,} | "
+            f"{row['acceptance']:g} | {row['S']:.2f} | {row['predicted_S']:.2f} | {error(row, 'S'):+.0%} | "
+            f"{row['tokens_per_second']:.1f} | {row['predicted_tokens_per_second']:.1f} | "
+            f"{error(row, 'tokens_per_second'):+.0%} |"
+        )
+    errors = [abs(error(row, "tokens_per_second")) for row in found["designs"]]
+    lines += [
+        "",
+        f"Tokens per second are predicted within {max(errors):.0%}, {statistics.mean(errors):.0%} on average; two "
+        f"ranks of one thread on two cores, n = 2, medians of {found['repeats']} generations of {NEW} tokens.",
+    ]
+    if found["trained"]:
+        lines += ["", "Drafters of a real run, S from acceptance by fill alone:", ""]
+        lines += ["| drafter | T | n | p | predicted | S | predicted | error |", "|---|---|---|---|---|---|---|---|"]
+        for row in found["trained"]:
+            lines.append(
+                f"| {row['drafter']} | {row['temperature']:g} | {row['n']} | {row['p']:.3f} | "
+                f"{row['predicted_p']:.3f} | {row['S']:.2f} | {row['predicted_S']:.2f} | {error(row, 'S'):+.1%} |"
+            )
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--run", type=Path, help="a finished run of the tiny recipe")
+    parser.add_argument("--anyway", action="store_true", help="also where other processes keep the cores busy")
+    parser.add_argument("--raw", help=argparse.SUPPRESS)
+    parser.add_argument("--table", action="store_true", help="renew docs/speed.md from the record, measure nothing")
+    options = parser.parse_args()
+    if options.table:
+        renew_readme("speed_model", markdown(json.loads((RECORDS / "speed_model.json").read_text())), "docs/speed.md")
+        return 0
+    if launched():
+        as_rank(options)
+        return 0
+    busy = cores_of_others()
+    if busy is not None and busy > QUIET and not options.anyway:
+        print(f"Other processes keep {busy} cores busy: end them, or measure --anyway, for a try.", file=sys.stderr)
+        return 2
+    with tempfile.TemporaryDirectory() as folder:
+        raw = Path(folder) / "found.json"
+        status = run_ranks([sys.executable, *sys.argv, "--raw", str(raw)], 2, threads=1)
+        if status:
+            return status
+        found = json.loads(raw.read_text()) | {"repeats": options.repeats}
+    found["trained"] = trained(options.run) if options.run else []
+    write_record("speed_model", {"cores_of_others_before": busy, **found}, threads=1)
+    print(markdown(found))
+    if not options.anyway:
+        renew_readme("speed_model", markdown(found), "docs/speed.md")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

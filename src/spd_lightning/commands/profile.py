@@ -1,0 +1,190 @@
+"""The command profile: what the parts of a cycle cost on this machine, or on one that is described."""
+
+from __future__ import annotations
+
+import os
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from spd_lightning.commands.models import add_target_flags, loading_of
+from spd_lightning.commands.parsing import CommandParser
+from spd_lightning.errors import InputError
+
+if TYPE_CHECKING:
+    from spd_lightning.speed.hardware import HardwareProfile
+
+_ABOUT = """\
+How long the parts of a pipeline's cycle take: each layer of the target, verification, the head's layers, W_k and draft
+ids, and handing over between ranks. The file is what `plan --hardware` and `decoding.hardware` predict tokens per
+second from. With --bandwidth nothing is run: every part is its bytes over the memory bandwidth, and the profile says
+that it was computed."""
+
+_EXAMPLES = """\
+examples
+  spd-lightning profile --target tiny --output hardware.json                  on this machine, two ranks at once
+  spd-lightning plan --config tiny --hardware hardware.json --acceptance 0.8  what to expect, and what to train
+  spd-lightning profile --target Qwen/Qwen3-8B --bandwidth 3.35TB/s --output h100.json     not measured: computed
+
+Measure on a quiet machine: what else runs is measured too. docs/speed.md has the formulas and how well they predict."""
+
+
+def parser() -> CommandParser:
+    """The arguments of profile."""
+    made = CommandParser("spd-lightning profile", _ABOUT, _EXAMPLES)
+    add_target_flags(made)
+    made.add_argument("--output", type=Path, required=True, metavar="FILE.json", help="the profile to write")
+    measured = made.add_argument_group("measured")
+    measured.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="ranks that are timed at once, each with the whole target; 1: no links (default: 2 where there are 2 GPUs "
+        "or cores); also by torchrun, for links across machines",
+    )
+    measured.add_argument("--patience", type=float, default=60.0, metavar="S", help="a silent rank is lost after S s")
+    measured.add_argument("--port", type=int, default=0, metavar="P", help="where ranks meet (default: a free port)")
+    given = made.add_argument_group("computed", "from a description of the machine; only the target's config is read")
+    given.add_argument("--bandwidth", metavar="RATE", help="of memory, such as 3.35TB/s or 40GB/s")
+    given.add_argument("--achieved", type=float, default=0.7, metavar="SHARE", help="of it (default: 0.7)")
+    given.add_argument(
+        "--launch-ms", type=float, default=0.06, metavar="MS", help="of a layer, beside its bytes (default: 0.06)"
+    )
+    given.add_argument("--send-ms", type=float, default=0.02, metavar="MS", help="busy handing over (default: 0.02)")
+    given.add_argument("--latency-ms", type=float, default=0.03, metavar="MS", help="of a message (default: 0.03)")
+    given.add_argument("--tell-ms", type=float, default=0.015, metavar="MS", help="of a verdict (default: 0.015)")
+    return made
+
+
+def run(argv: list[str]) -> int:
+    """`spd-lightning profile`."""
+    from spd_lightning.decoding.launch import check_patience, launched, member
+
+    options = parser().parse_args(argv)
+    _check(options)
+    check_patience(options.patience)
+    if options.bandwidth is not None:
+        return _write(_computed(options), options)
+    if launched():
+        with member(options.patience) as me:
+            me.play(f"rank {me.rank}")
+            profile = _measured(options, me.rank, me.world)
+            return _write(profile, options) if me.rank == 0 else 0
+    workers = options.workers or _workers(options)
+    if workers == 1:
+        return _write(_measured(options, 0, 1), options)
+    from spd_lightning.decoding.workers import start_workers
+
+    return start_workers(["profile", *argv], workers, options.patience, options.port)
+
+
+def _check(options: Namespace) -> None:
+    if options.workers is not None and options.workers < 1:
+        raise InputError(f"--workers {options.workers}: expected at least 1.")
+    if options.output.suffix != ".json":
+        raise InputError(f"--output {options.output}: expected a name that ends in .json.")
+    if not options.output.parent.is_dir():
+        raise InputError(f"--output {options.output}: the folder {options.output.parent} does not exist.")
+    if not 0 < options.achieved <= 1:
+        raise InputError(f"--achieved {options.achieved:g}: expected a share above 0 and up to 1.")
+    for name in ("launch", "send", "latency", "tell"):
+        value = getattr(options, f"{name}_ms")
+        if not 0 <= value < 1e4:
+            raise InputError(f"--{name}-ms {value:g}: expected milliseconds of at least 0.")
+
+
+def _workers(options: Namespace) -> int:
+    """Two ranks, where each finds hardware of its own."""
+    import torch
+
+    gpu = torch.cuda.is_available() and (options.device or "cuda").startswith("cuda")
+    return min(2, torch.cuda.device_count() if gpu else os.cpu_count() or 1)
+
+
+def _measured(options: Namespace, rank: int, world: int) -> HardwareProfile:
+    import torch
+    from transformers.utils.logging import disable_progress_bar
+
+    from spd_lightning.commands.ranks import rank_device
+    from spd_lightning.speed.measure import measure_profile
+    from spd_lightning.target.loading import check_target, load_target
+
+    disable_progress_bar()
+    loading = loading_of(options)
+    check_target(options.target, loading=loading, named=lambda name: "--" + name.replace("_", "-"))
+    device = rank_device(options.device, rank)
+    if world == 1 and device.type == "cpu":
+        torch.set_num_threads(1)  # what one of several ranks on these cores would have
+    target = load_target(options.target, device=device, loading=loading)
+
+    def say(what: str) -> None:
+        if rank == 0:
+            print(f"timing {what} ...", file=sys.stderr, flush=True)
+
+    return measure_profile(target, options.target, rank, world, say)
+
+
+def _computed(options: Namespace) -> HardwareProfile:
+    from spd_lightning.commands.plan import parse_bytes
+    from spd_lightning.speed.hardware import LinkCosts
+    from spd_lightning.speed.roofline import Machine, roofline
+    from spd_lightning.target.loading import check_target
+
+    rate = options.bandwidth.strip().removesuffix("/s")
+    machine = Machine(
+        bandwidth=parse_bytes(rate, "--bandwidth"),
+        achieved=options.achieved,
+        launch_ms=options.launch_ms,
+        link=LinkCosts(options.send_ms, options.latency_ms, options.tell_ms),
+        name=f"{options.bandwidth} of memory bandwidth",
+    )
+    config = check_target(options.target, loading=loading_of(options), named=lambda n: "--" + n.replace("_", "-"))
+    return roofline(config, options.target, machine, _dtype_bytes(options.dtype))
+
+
+def _dtype_bytes(name: str) -> int:
+    known = {"auto": 2, "bfloat16": 2, "float16": 2, "float32": 4}
+    if name not in known:
+        raise InputError(f"--dtype {name}: expected {', '.join(known)}.")
+    return known[name]
+
+
+def _write(profile: HardwareProfile, options: Namespace) -> int:
+    profile.write(options.output)
+    _show(profile)
+    print(f"written: {options.output}", file=sys.stderr)
+    print(
+        f"next: spd-lightning plan --config RECIPE --hardware {options.output} --acceptance 0.8 (or --run RUN)",
+        file=sys.stderr,
+    )
+    return 0
+
+
+def _show(profile: HardwareProfile) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    how = "measured" if profile.measured else "computed, not measured"
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, title=f"{profile.target} on {profile.device}, {how}")
+    table.add_column("one token")
+    table.add_column("ms", justify="right")
+    for name, value in _lines(profile):
+        table.add_row(name, f"{value:.3f}")
+    Console().print(table)
+
+
+def _lines(profile: HardwareProfile) -> list[tuple[str, float]]:
+    layers, head, link = profile.layers, profile.head, profile.link
+    kinds: dict[float, int] = {}
+    for value in layers:
+        kinds[value] = kinds.get(value, 0) + 1
+    lines = [("plain decoding, alone", profile.plain), ("embedding", profile.embedding)]
+    lines += [(f"a layer ({count} of {len(layers)})", value) for value, count in kinds.items()]
+    return [
+        *lines, ("final norm, lm_head, verdict", profile.verification), ("head: each layer", head.layer),
+        ("head: each H x H of its W_k", head.aggregation), ("head: each 1,000 draft ids", head.thousand_ids),
+        ("head: the rest", head.fixed), ("link: busy handing over, per cycle", link.send),
+        ("link: latency", link.latency), ("link: telling one rank a verdict", link.tell),
+    ]  # fmt: skip
