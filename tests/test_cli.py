@@ -66,6 +66,11 @@ class Decoding(L.Callback):
 
 
 @dataclass
+class Tracking:
+    wandb: str = "disabled"
+
+
+@dataclass
 class Survival:
     keep: int = 2
 
@@ -82,7 +87,7 @@ def parsed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[training_cli
     import spd_lightning.training.run as runs
 
     calls: list[training_cli.SpdCLI] = []
-    monkeypatch.setattr(training_cli, "project_classes", lambda: (Module, Data, Decoding, Final, Survival))
+    monkeypatch.setattr(training_cli, "project_classes", lambda: (Module, Data, Decoding, Final, Tracking, Survival))
     monkeypatch.setattr(runs, "fit", calls.append)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.yaml").write_text(RECIPE)

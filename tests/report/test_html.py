@@ -44,7 +44,9 @@ def make_run(folder: Path, **changes: Any) -> Path:
     }  # fmt: skip
     (folder / "run.json").write_text(json.dumps(record))
     lines = [{"step": s, "tokens": 1000 * s, "train/loss": 3 / (s + 1)} for s in range(20)]
-    lines += [{"step": s, "tokens": 1000 * s, "val/acceptance": s / 25, "val/theoretical_speedup": 2.0} for s in (9, 19)]
+    lines += [
+        {"step": s, "tokens": 1000 * s, "val/acceptance": s / 25, "val/theoretical_speedup": 2.0} for s in (9, 19)
+    ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"half')
     tokens = [{"text": "<b>The", "accepted": None}, {"text": " file", "accepted": True},
               {"text": " opens", "accepted": False, "drafted": ' "runs'}]  # fmt: skip
@@ -113,7 +115,10 @@ def test_several_runs_stand_side_by_side_with_what_differs(tmp_path: Path) -> No
 
 
 def test_differences_are_of_fields_and_lacking_ones_are_a_dash() -> None:
-    first, second = {"a": {"b": 1, "c": [1, 2]}, "run_dir": "x"}, {"a": {"b": 2, "c": [1, 2]}, "d": None, "run_dir": "y"}
+    first, second = (
+        {"a": {"b": 1, "c": [1, 2]}, "run_dir": "x"},
+        {"a": {"b": 2, "c": [1, 2]}, "d": None, "run_dir": "y"},
+    )
     assert config_differences([first, second]) == [("a.b", ["1", "2"]), ("d", ["–", "None"])]
 
 

@@ -10,8 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-
-AGENT = '''
+AGENT = """
 import json, os, sys, time
 import wandb
 from wandb.apis.public import sweeps
@@ -48,7 +47,7 @@ def watched(self):
 
 wandb_agent.AgentProcess.poll = watched
 wandb_agent.run_agent("sweep0", count=len(trials))
-'''
+"""
 
 
 def run_agent(tmp_path: Path, trials: list[dict[str, Any]], stop: bool = False) -> subprocess.CompletedProcess[str]:
@@ -107,5 +106,3 @@ def test_a_trial_that_the_server_ends_dies_by_the_signal_and_its_agent_counts_no
     record = json.loads((tmp_path / "run-stop" / "run.json").read_text())
     assert record["status"].startswith("stopped: stopped by SIGTERM")
     assert list((tmp_path / "run-stop" / "checkpoints").glob("step*.ckpt")), "and its state is there"
-
-

@@ -27,9 +27,7 @@ def drawn(sweep: SweepFile, draw: random.Random) -> dict[str, Any]:
     return {name: value(p) for name, p in sweep.parameters.items()}
 
 
-def by_wandb(
-    sweep: SweepFile, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> list[str]:
+def by_wandb(sweep: SweepFile, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     """The words that W&B's own agent would start."""
     from wandb import wandb_agent
 

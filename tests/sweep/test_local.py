@@ -105,7 +105,18 @@ def test_another_sweep_is_not_mixed_in(tmp_path: Path) -> None:
 def test_a_sweep_that_is_killed_goes_on_with_the_trial_that_it_was_in(tmp_path: Path, number: signal.Signals) -> None:
     parameters = {"x": {"min": 0.0, "max": 1.0}, "steps": {"value": 6}, "seconds": {"value": 0.5}}
     path, out = written(tmp_path / "sweep.yaml", parameters=parameters), tmp_path / "out"
-    words = [sys.executable, "-m", "spd_lightning", "sweep", str(path), "--local", "--output", str(out), "--trials", "2"]
+    words = [
+        sys.executable,
+        "-m",
+        "spd_lightning",
+        "sweep",
+        str(path),
+        "--local",
+        "--output",
+        str(out),
+        "--trials",
+        "2",
+    ]
     process = subprocess.Popen(words, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     metrics = out / "trials" / "000" / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 60

@@ -95,7 +95,8 @@ def test_wandb_has_configuration_metrics_with_definitions_summaries_samples_plot
     ours = [json.loads(line) for line in (runs / "metrics.jsonl").read_text().splitlines()]
     acceptances = [line["val/acceptance"] for line in ours if "val/acceptance" in line]
     assert history["val/acceptance"] == pytest.approx(acceptances[-1:]), "what was logged after the state"
-    assert "generations" in history and "plots/training" in history and "plots/occupancy" in history
+    for name in ("generations", "plots/training", "plots/occupancy"):
+        assert f"{name}/sha256" in history, name
     (table,) = (offline(runs)[-1] / "files").rglob("generations*.json")
     assert json.loads(table.read_text())["columns"] == ["prompt", "generation", "accepted", "corrected", "p", "S"]
     artifacts = [r.artifact for r in found if r.HasField("artifact")] + [
@@ -132,7 +133,8 @@ def test_the_run_has_samples_and_a_report(runs: Path) -> None:
         assert flags[0] is None and all(isinstance(flag, bool) for flag in flags[1:])
         verified = flags[1:]
         assert sample["acceptance"] == pytest.approx(sum(verified) / len(verified))
-        assert all(token["drafted"] != token["text"] for token in sample["tokens"] if token["accepted"] is False)
+        corrected = [token for token in sample["tokens"] if token["accepted"] is False]
+        assert corrected and all(token["drafted_id"] not in (None, token["id"]) for token in corrected)
     assert (runs / "report.html").read_text().startswith("<!doctype html>")
 
 

@@ -28,18 +28,18 @@ def sample(
         text: of one token.
 
     Returns:
-        prompt, acceptance, theoretical_speedup, cycles; tokens: [{"text", "accepted": true | false | null (the first),
-        "drafted": text of the wrong draft}]; grid: per cycle [[fate, text or null] per stage] as in `occupancy`.
+        prompt, acceptance, theoretical_speedup, cycles; tokens: [{"id", "text", "accepted": true | false | null (the
+        first), and of a correction "drafted_id", "drafted": the wrong draft}]; grid: per cycle [[fate, text or null] per stage] as in `occupancy`.
     """
     drafts: dict[int, int] = {}
     tokens: list[dict[str, Any]] = []
     for event in events:
         plan = event.cycle
         if event.emitted is not None:
-            token: dict[str, Any] = {"text": text(event.emitted), "accepted": event.accepted}
+            token: dict[str, Any] = {"id": event.emitted, "text": text(event.emitted), "accepted": event.accepted}
             if event.accepted is False and plan is not None and plan.leaving is not None:
-                wrong = drafts.get(plan.leaving + 1)
-                token["drafted"] = None if wrong is None else text(wrong)
+                token["drafted_id"] = drafts[plan.leaving + 1]
+                token["drafted"] = text(drafts[plan.leaving + 1])
             tokens.append(token)
         if plan is not None and event.drafted is not None and event.accepted is not False:
             drafts[plan.newest + 1] = event.drafted
