@@ -28,8 +28,10 @@ def sample(
         text: of one token.
 
     Returns:
-        prompt, acceptance, theoretical_speedup, cycles; tokens: [{"id", "text", "accepted": true | false | null (the
-        first), and of a correction "drafted_id", "drafted": the wrong draft}]; grid: per cycle [[fate, text or null] per stage] as in `occupancy`.
+        prompt, acceptance, theoretical_speedup, cycles;
+        tokens: [{"id", "text", "accepted": true | false | null (the first)}], and of a correction what was wrong, as
+        "drafted_id" and "drafted";
+        grid: per cycle [[fate, text or null] per stage] as in `occupancy`.
     """
     drafts: dict[int, int] = {}
     tokens: list[dict[str, Any]] = []
