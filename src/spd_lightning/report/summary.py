@@ -19,6 +19,7 @@ def print_summary(record: dict[str, Any], directory: Path, num_stages: int, cons
             console.print(line)
     console.print(_time_table(record["seconds"]))
     console.print(f"\nRun directory [bold]{directory}[/]: run.json, metrics.jsonl, checkpoints/, head/, plots/")
+    console.print(f"Look at it: [bold]{directory}/report.html[/], in any browser, no network needed")
     console.print("Try next:")
     console.print(f"  spd-lightning generate --target {record['config']['model']['target']} --head {directory}")
     console.print(f"  spd-lightning export --checkpoint {directory} --output heads/{directory.name}")
