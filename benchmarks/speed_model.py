@@ -55,47 +55,70 @@ def target_named(name: str) -> Target:
 
 
 def as_rank(options: argparse.Namespace) -> None:
+    """Rounds of profile and designs, one after another: the machine is never the same for long."""
     torch.set_num_threads(1)
     with member() as me:
-        found: dict[str, Any] = {"profiles": {}, "designs": []}
-        for name in dict.fromkeys(design[0] for design in DESIGNS):
-            profile = measure_profile(target_named(name), name, me.rank, me.world)
-            found["profiles"][name] = {
-                "plain": profile.plain, "layer": statistics.mean(profile.layers), "embedding": profile.embedding,
-                "verification": profile.verification, "head": vars(profile.head), "link": vars(profile.link),
-            }  # fmt: skip
-            for _, split, head_layers, ids, p in (design for design in DESIGNS if design[0] == name):
-                target = target_named(name)
-                target.partition(stage_layers=split)
-                head = new_head(target, head_layers, draft_token_ids=range(ids)).eval()
-                decoder = PipelineDecoder(target, head)
-                rates, speeds = [], []
-                for seed in range(options.repeats + 1):  # the first one warms up
-                    dist.barrier()
-                    if decoder.leads:
-                        prompt = [i * 37 % target.vocab_size for i in range(PROMPT)]
-                        one = decoder.generate(prompt, NEW, eos_token_id=[], forced_acceptance=p, seed=seed)
-                        rates.append((NEW - 1) / one.decode_seconds)
-                        speeds.append(one.theoretical_speedup)
-                    else:
-                        decoder.follow(generations=1)
-                leads = decoder.leads
-                leave(decoder)
-                if leads:
-                    design = Design(tuple(split), head_layers, len(head.config.anchors), ids)
-                    predicted = predict(profile, design, [p])
-                    found["designs"].append(
-                        {
-                            "target": name, "stage_layers": list(split), "head_layers": head_layers, "draft_ids": ids,
-                            "acceptance": p, "S": statistics.median(speeds[1:]), "predicted_S": predicted.S,
-                            "tokens_per_second": statistics.median(rates[1:]),
-                            "predicted_tokens_per_second": predicted.tokens_per_second,
-                            "over_plain": statistics.median(rates[1:]) * profile.plain / 1e3,
-                            "predicted_over_plain": predicted.speedup,
-                        }
-                    )  # fmt: skip
+        rounds: list[dict[str, Any]] = []
+        for number in range(options.rounds):
+            for name in dict.fromkeys(design[0] for design in DESIGNS):
+                rounds.append(one_round(name, number, me.rank, me.world))
         if me.rank == me.world - 1:
-            Path(options.raw).write_text(json.dumps(found))
+            Path(options.raw).write_text(json.dumps({"rounds": rounds, "designs": summed_up(rounds)}))
+
+
+def one_round(name: str, number: int, rank: int, world: int) -> dict[str, Any]:
+    profile = measure_profile(target_named(name), name, rank, world)
+    costs = {
+        "plain": profile.plain, "layer": statistics.mean(profile.layers), "embedding": profile.embedding,
+        "verification": profile.verification, "head": vars(profile.head), "link": vars(profile.link),
+    }  # fmt: skip
+    rows = []
+    for index, (of, split, head_layers, ids, p) in enumerate(DESIGNS):
+        if of != name:
+            continue
+        target = target_named(name)
+        target.partition(stage_layers=split)
+        head = new_head(target, head_layers, draft_token_ids=range(ids)).eval()
+        decoder = PipelineDecoder(target, head)
+        found = []
+        for seed in range(3):  # the first one warms up
+            dist.barrier()
+            if decoder.leads:
+                prompt = [i * 37 % target.vocab_size for i in range(PROMPT)]
+                found.append(decoder.generate(prompt, NEW, eos_token_id=[], forced_acceptance=p, seed=seed))
+            else:
+                decoder.follow(generations=1)
+        leave(decoder)
+        predicted = predict(profile, Design(tuple(split), head_layers, len(head.config.anchors), ids), [p], NEW - 1)
+        rows.append(
+            {
+                "design": index, "predicted_S": predicted.S,
+                "predicted_tokens_per_second": predicted.tokens_per_second,
+                "predicted_over_plain": predicted.speedup,
+                "S": statistics.mean(one.theoretical_speedup or 0.0 for one in found[1:]) if found else None,
+                "tokens_per_second": statistics.median((NEW - 1) / one.decode_seconds for one in found[1:])
+                if found
+                else None,
+            }
+        )  # fmt: skip
+    return {"target": name, "round": number, "profile": costs, "rows": rows}
+
+
+def summed_up(rounds: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Medians over rounds; errors are medians of the ratio within a round."""
+    designs = []
+    for index, (name, split, head_layers, ids, p) in enumerate(DESIGNS):
+        rows = [row for one in rounds for row in one["rows"] if row["design"] == index]
+        names = ("S", "predicted_S", "tokens_per_second", "predicted_tokens_per_second", "predicted_over_plain")
+        designs.append(
+            {"target": name, "stage_layers": list(split), "head_layers": head_layers, "draft_ids": ids, "acceptance": p}
+            | {key: statistics.median(row[key] for row in rows) for key in names}
+            | {
+                f"error_of_{key}": statistics.median(row[f"predicted_{key}"] / row[key] - 1 for row in rows)
+                for key in ("S", "tokens_per_second")
+            }
+        )
+    return designs
 
 
 def trained(run: Path) -> list[dict[str, Any]]:
@@ -114,10 +137,6 @@ def trained(run: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def error(row: dict[str, Any], name: str) -> float:
-    return float(row[f"predicted_{name}"] / row[name] - 1)
-
-
 def markdown(found: dict[str, Any]) -> str:
     lines = [
         "| target | stages | head layers | draft ids | p | S | predicted | error | tokens/s | predicted | error |",
@@ -126,15 +145,16 @@ def markdown(found: dict[str, Any]) -> str:
     for row in found["designs"]:
         lines.append(
             f"| {row['target']} | {row['stage_layers']} | {row['head_layers']} | {row['draft_ids']:,} | "
-            f"{row['acceptance']:g} | {row['S']:.2f} | {row['predicted_S']:.2f} | {error(row, 'S'):+.0%} | "
+            f"{row['acceptance']:g} | {row['S']:.2f} | {row['predicted_S']:.2f} | {row['error_of_S']:+.0%} | "
             f"{row['tokens_per_second']:.1f} | {row['predicted_tokens_per_second']:.1f} | "
-            f"{error(row, 'tokens_per_second'):+.0%} |"
+            f"{row['error_of_tokens_per_second']:+.0%} |"
         )
-    errors = [abs(error(row, "tokens_per_second")) for row in found["designs"]]
+    errors = [abs(row["error_of_tokens_per_second"]) for row in found["designs"]]
     lines += [
         "",
         f"Tokens per second are predicted within {max(errors):.0%}, {statistics.mean(errors):.0%} on average; two "
-        f"ranks of one thread on two cores, n = 2, medians of {found['repeats']} generations of {NEW} tokens.",
+        f"ranks of one thread on two cores, n = 2. Medians of {found['repeats']} rounds, in each of which the profile "
+        f"is measured anew, because the machine's speed drifts; generations of {NEW} tokens.",
     ]
     if found["trained"]:
         lines += ["", "Drafters of a real run, S from acceptance by fill alone:", ""]
@@ -142,14 +162,15 @@ def markdown(found: dict[str, Any]) -> str:
         for row in found["trained"]:
             lines.append(
                 f"| {row['drafter']} | {row['temperature']:g} | {row['n']} | {row['p']:.3f} | "
-                f"{row['predicted_p']:.3f} | {row['S']:.2f} | {row['predicted_S']:.2f} | {error(row, 'S'):+.1%} |"
+                f"{row['predicted_p']:.3f} | {row['S']:.2f} | {row['predicted_S']:.2f} | "
+                f"{row['predicted_S'] / row['S'] - 1:+.1%} |"
             )
     return "\n".join(lines)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--run", type=Path, help="a finished run of the tiny recipe")
     parser.add_argument("--anyway", action="store_true", help="also where other processes keep the cores busy")
     parser.add_argument("--raw", help=argparse.SUPPRESS)
@@ -170,7 +191,7 @@ def main() -> int:
         status = run_ranks([sys.executable, *sys.argv, "--raw", str(raw)], 2, threads=1)
         if status:
             return status
-        found = json.loads(raw.read_text()) | {"repeats": options.repeats}
+        found = json.loads(raw.read_text()) | {"repeats": options.rounds}
     found["trained"] = trained(options.run) if options.run else []
     write_record("speed_model", {"cores_of_others_before": busy, **found}, threads=1)
     print(markdown(found))

@@ -1,7 +1,7 @@
 """The record of a local sweep: trials, what they reached, which fields mattered, and the time it took.
 
-    .venv/bin/spd-lightning sweep tiny_training --local --trials 14
-    .venv/bin/python benchmarks/sweep_tiny.py sweeps/tiny_training     writes records/sweep_tiny.json, renews the docs
+.venv/bin/spd-lightning sweep tiny_training --local --trials 14
+.venv/bin/python benchmarks/sweep_tiny.py sweeps/tiny_training     writes records/sweep_tiny.json, renews the docs
 """
 
 from __future__ import annotations

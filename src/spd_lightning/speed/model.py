@@ -92,30 +92,39 @@ def costs_of(profile: HardwareProfile, design: Design) -> Costs:
 
 
 def predict(
-    profile: HardwareProfile, design: Design, by_fill: Sequence[float], tokens: int = TOKENS, seed: int = 0
+    profile: HardwareProfile,
+    design: Design,
+    by_fill: Sequence[float],
+    length: int | None = None,
+    tokens: int = TOKENS,
+    seed: int = 0,
 ) -> Prediction:
-    """Play an endless generation whose drafts are accepted by fill.
+    """Play generations whose drafts are accepted by fill.
 
     Args:
         by_fill: acceptance of drafts made with 1, 2, ... tokens in flight; the last entry holds for all fuller
             pipelines. One entry: constant.
+        length: new tokens of a generation after the first; each begins with an empty pipeline. None: one without end.
+        tokens: played in all, about.
     """
     costs = costs_of(profile, design)
-    flags = list(islice(verdicts(by_fill, seed), tokens))
-    played = simulate(costs, flags, tokens)
-    unhindered = simulate(replace(costs, head=0.0), flags, tokens)
-    n, per_token = design.num_stages, played.seconds_per_token
+    length = length or tokens
+    runs = [list(islice(verdicts(by_fill, seed + i), length)) for i in range(max(1, tokens // length))]
+    played = [simulate(costs, flags, length) for flags in runs]
+    seconds, cycles = sum(one.seconds for one in played), sum(one.cycles for one in played)
+    unhindered = sum(simulate(replace(costs, head=0.0), flags, length).seconds for flags in runs)
+    new = length * len(runs)
     work = [*costs.stages[:-1], costs.stages[-1] + costs.verification]
     return Prediction(
         design,
-        acceptance=sum(flags) / tokens,
-        S=n * tokens / played.cycles,
-        tokens_per_second=1 / per_token,
-        speedup=played.speedup_over(profile.plain / 1e3),
-        cycle_ms=1e3 * played.seconds / played.cycles,
+        acceptance=sum(map(sum, runs)) / new,
+        S=design.num_stages * new / cycles,
+        tokens_per_second=new / seconds,
+        speedup=profile.plain / 1e3 * new / seconds,
+        cycle_ms=1e3 * seconds / cycles,
         stage_ms=1e3 * max(work),
         head_ms=1e3 * costs.head,
-        head_hidden=played.seconds <= (1 + HIDDEN) * unhindered.seconds,
+        head_hidden=seconds <= (1 + HIDDEN) * unhindered,
     )
 
 
