@@ -35,13 +35,13 @@ from torch.nn import functional as F  # noqa: E402
 from spd_lightning.decoding.decoder import autoregressive_generate  # noqa: E402
 from spd_lightning.decoding.drafters import PromptLookupDrafter  # noqa: E402
 from spd_lightning.decoding.launch import launched, member  # noqa: E402
-from spd_lightning.decoding.links import Link  # noqa: E402
 from spd_lightning.decoding.pipeline import PipelineDecoder  # noqa: E402
 from spd_lightning.decoding.simulator import Costs, simulate  # noqa: E402
 from spd_lightning.decoding.trace import DECODING, Work, breakdown  # noqa: E402
 from spd_lightning.decoding.workers import run_ranks  # noqa: E402
 from spd_lightning.head.loading import new_head  # noqa: E402
 from spd_lightning.report.timeline import plot_timeline  # noqa: E402
+from spd_lightning.speed.measure import measure_link  # noqa: E402
 from spd_lightning.staircase import Staircase, default_anchors  # noqa: E402
 from spd_lightning.target.target import Target  # noqa: E402
 
@@ -172,26 +172,6 @@ def library(target: Target, prompt: list[int], cores: int) -> float:
             )  # fmt: skip
             seconds.append(time.perf_counter() - began)
     return (NEW - 1) / (seconds[1] - seconds[0])
-
-
-def measure_link(rank: int, messages: int = 2000) -> dict[str, float]:
-    """Seconds of a hidden state of 1,024 numbers from rank to rank, half a round trip; and that a send takes."""
-    group, shape = dist.new_group([0, 1], backend="gloo"), (1024,)
-    ways = [Link(a, 1 - a, shape, torch.float32, torch.device("cpu"), group, tag=1, slots=4) for a in (0, 1)]
-    mine, theirs, message = ways[rank], ways[1 - rank], torch.zeros(shape)
-    rounds, sends = [], []
-    for _ in range(messages):
-        if rank:
-            theirs.receive()
-        began = time.perf_counter()
-        mine.send(message)
-        sends.append(time.perf_counter() - began)
-        if not rank:
-            theirs.receive()
-            rounds.append(time.perf_counter() - began)
-    both: list[Any] = [None, None]
-    dist.all_gather_object(both, statistics.median(rounds) / 2 if rounds else 0.0)
-    return {"latency": max(both), "send": statistics.median(sends)}
 
 
 def measure_size(name: str, repeats: int, leads: bool, latency: float) -> dict[str, Any] | None:
@@ -373,11 +353,13 @@ def as_rank(options: argparse.Namespace) -> None:
         together = [None, None]
         dist.all_gather_object(together, both)
         found: dict[str, Any] = {"bandwidth_one_core": one, "bandwidth_together": together}
-        found["link"] = link = measure_link(me.rank)
+        shape, device = (1024,), torch.device("cpu")
+        latency, send = measure_link(me.rank, me.world, shape, torch.float32, device, messages=2000)
+        found["link"] = {"latency": latency, "send": send}
         found["hand_over"] = measure_hand_over(leads)
         found["sizes"] = {}
         for name in options.sizes:
-            found["sizes"][name] = measure_size(name, options.repeats, leads, link["latency"])
+            found["sizes"][name] = measure_size(name, options.repeats, leads, latency)
             if leads:
                 print(name, json.dumps(found["sizes"][name]["results"], indent=1), flush=True)
                 Path(options.raw).write_text(json.dumps(found))

@@ -128,6 +128,11 @@ def predict(
     )
 
 
+def seconds_of(profile: HardwareProfile, design: Design, flags: Sequence[bool]) -> float:
+    """What a generation with these verdicts would take, after its first token."""
+    return simulate(costs_of(profile, design), flags, len(flags)).seconds if flags else 0.0
+
+
 def verdicts(by_fill: Sequence[float], seed: int = 0) -> Iterator[bool]:
     """Accepted or not, draft by draft, without end: fill counts up from 1 after every rejection."""
     since = 0

@@ -166,7 +166,7 @@ class LocalSweep:
         # whatever a run needs to go on after a kill; the last word of a flag wins
         words += [f"--run_dir={folder / 'run'}", "--ckpt_path=last"]
         environment = {"WANDB_MODE": "disabled", **os.environ, "PYTHONUNBUFFERED": "1", OWNER: str(os.getpid())}
-        reported = 0
+        reported = len(self.trials[trial.number].intermediate_values)  # by a sweep that was killed
         with (folder / "output.txt").open("ab") as output:
             process = subprocess.Popen(
                 words, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment

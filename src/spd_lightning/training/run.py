@@ -45,8 +45,9 @@ from spd_lightning.files import write_whole
 from spd_lightning.head.checkpoint import read_checkpoint
 from spd_lightning.head.config import HeadConfig
 from spd_lightning.head.folder import save_head
-from spd_lightning.head.loading import load_head
+from spd_lightning.head.loading import find_head, load_head, read_source
 from spd_lightning.provenance import commit, versions
+from spd_lightning.speed.model import design_of, seconds_of
 from spd_lightning.staircase import Staircase
 from spd_lightning.target.gathering import in_pieces
 from spd_lightning.target.loading import check_target, load_target
@@ -143,7 +144,7 @@ def fit(cli: Any) -> Path:
         if final.prompts and trainer.is_global_zero:
             target = _whole_target(module, trainer)
             with record.phase("final decoding"):
-                _final(record, module, target, data, final, skip=seen)
+                _final(record, module, target, data, final, _validation_decoding(trainer), skip=seen)
             with record.phase("plots"):
                 watched = _samples(record, target, data, tracking.samples, seen, final.max_new_tokens)
                 _plots(record, data, watched, module)
@@ -323,7 +324,13 @@ def _whole_target(module: SpdModule, trainer: L.Trainer) -> Target:
 
 
 def _final(
-    record: RunRecord, module: SpdModule, target: Target, data: SpdDataModule, final: FinalEvaluation, skip: int
+    record: RunRecord,
+    module: SpdModule,
+    target: Target,
+    data: SpdDataModule,
+    final: FinalEvaluation,
+    decoding: DecodingValidation,
+    skip: int,
 ) -> None:
     """Decode the final prompts with every arm and store figures, intervals and verdicts."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -354,6 +361,13 @@ def _final(
             target=target,
         )
     record.results["final"] = [_figures(result) for result in found.values()]
+    if decoding.profile is not None:
+        design = design_of(read_source(find_head(record.directory / "head")).config, decoding.head_alone)
+        for row, result in zip(record.results["final"], found.values(), strict=True):
+            if row["drafter"] == "trained head":
+                seconds = sum(seconds_of(decoding.profile, design, g.accepted_flags) for g in result.generations)
+                new = sum(len(g.token_ids) - 1 for g in result.generations)
+                row["predicted_tokens_per_second"] = new / seconds if seconds else None
     record.results["prompts"], record.results["max_new_tokens"] = final.prompts, final.max_new_tokens
     if greedy in found:
         same, ties, wrong = losslessness(target, prompts, found[greedy], found[Arm("plain", 0.0)])

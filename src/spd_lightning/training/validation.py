@@ -26,13 +26,12 @@ from spd_lightning.decoding.checks import Divergence, drift, lossless_divergence
 from spd_lightning.decoding.decoder import SpdDecoder, autoregressive_generate
 from spd_lightning.decoding.generation import Generation
 from spd_lightning.decoding.pipeline import PipelineDecoder
-from spd_lightning.decoding.simulator import simulate
 from spd_lightning.decoding.topology import Groups, Roles
 from spd_lightning.decoding.trace import breakdown
 from spd_lightning.errors import BrokenInvariantError, InputError
 from spd_lightning.head.module import SpeculationHead
 from spd_lightning.speed.hardware import read_profile
-from spd_lightning.speed.model import costs_of, design_of
+from spd_lightning.speed.model import design_of, seconds_of
 from spd_lightning.target.gathering import in_pieces
 from spd_lightning.target.target import Target, is_placed
 from spd_lightning.training.carousel import whole_weights
@@ -283,10 +282,9 @@ class DecodingValidation(L.Callback):
 
     def _predicted_seconds(self, head: SpeculationHead, found: Generation) -> float:
         """What this generation would take on the profile's machine."""
-        if self.profile is None or not found.accepted_flags:
+        if self.profile is None:
             return 0.0
-        costs = costs_of(self.profile, design_of(head.config, self.head_alone))
-        return simulate(costs, found.accepted_flags, len(found.accepted_flags)).seconds
+        return seconds_of(self.profile, design_of(head.config, self.head_alone), found.accepted_flags)
 
     def _plain(self, target: Target, prompt: list[int]) -> Generation:
         """Plain decoding of a prompt; the target is frozen, so once per run is enough."""
