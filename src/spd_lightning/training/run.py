@@ -146,7 +146,8 @@ def fit(cli: Any) -> Path:
             with record.phase("final decoding"):
                 _final(record, module, target, data, final, _validation_decoding(trainer), skip=seen)
             with record.phase("plots"):
-                watched = _samples(record, target, data, tracking.samples, seen, final.max_new_tokens)
+                count = min(tracking.samples, final.prompts)
+                watched = _samples(record, target, data, count, seen, final.max_new_tokens)
                 _plots(record, data, watched, module)
         record.results["peak_memory_bytes"] = peak_memory(trainer.strategy.root_device)
         record.status = "finished"
