@@ -150,7 +150,8 @@ def markdown(content: dict[str, Any]) -> str:
         lines.append(f"| {row['trial']} | {row['state']} | {value} | {' | '.join(cells)} | {row['seconds']:.0f} |")
     if content["importances"]:
         shares = ", ".join(f"{name} {share:.0%}" for name, share in content["importances"].items())
-        lines += ["", f"Importance (PED-ANOVA): {shares}."]
+        finished = sum(row["state"] == "complete" for row in content["trials"])
+        lines += ["", f"Importance (PED-ANOVA over the {finished} finished trials): {shares}."]
     return "\n".join(lines) + "\n"
 
 
