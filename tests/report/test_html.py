@@ -106,6 +106,13 @@ def test_a_wrong_output_is_red_and_a_run_that_goes_on_shows_its_last_validation(
     assert "0.760" in page and "last validation; not finished" in page
 
 
+def test_damaged_generations_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path / "run")
+    (run / "generations.json").write_text('{"samples": [')
+    assert report(run) == 2
+    assert "generations.json is damaged" in capsys.readouterr().err
+
+
 def test_several_runs_stand_side_by_side_with_what_differs(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / name, learning_rate=rate) for name, rate in (("a", 1e-3), ("b", 2e-3))]
     assert report(*runs, "--output", tmp_path / "both.html") == 0

@@ -69,7 +69,10 @@ def read_run(directory: Path, benches: Sequence[Path] = ()) -> Run:
     except (OSError, ValueError) as error:
         raise InputError(f"{directory} is no run directory: run.json: {error}. Give a directory of fit.") from error
     kept = directory / "generations.json"
-    generations = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else None
+    try:
+        generations = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{kept} is damaged ({error}): remove it, and the report is made without it.") from error
     found = [_read_bench(path) for path in [*sorted(directory.glob("bench*.json")), *benches]]
     return Run(directory, record, generations, found)
 

@@ -3,7 +3,7 @@
 Plain decoding is timed alone on one rank's hardware, because that is what a speedup is over. Layers and heads are timed
 by all ranks at once: on one machine they share memory and heat, and a stage is slower beside a working neighbour. Then
 the ranks form a pipeline of the target's own layers. Its traces tell what handing over costs, and what layers and
-verification really take there, where the neighbour works on other weights: 10 to 20 % more than each layer by itself.
+verification really take there, where the neighbour works on other weights: more than each layer by itself.
 """
 
 from __future__ import annotations
