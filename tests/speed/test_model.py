@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import pytest
 
 from spd_lightning import cli
+from spd_lightning.decoding.simulator import simulate
 from spd_lightning.errors import InputError
 from spd_lightning.speed.acceptance import Acceptance, given, of_runs
 from spd_lightning.speed.hardware import HardwareProfile, HeadCosts, LinkCosts, profile_files, read_profile
-from spd_lightning.speed.model import Design, best_split, designs, expected_acceptance, predict, rescaled, verdicts
+from spd_lightning.speed.model import Design, best_split, costs_of, designs, expected_acceptance, predict, rescaled
 from spd_lightning.staircase import long_run_speedup
 
 PROFILE = HardwareProfile(
@@ -23,20 +26,36 @@ PROFILE = HardwareProfile(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_expected_acceptance_is_that_of_long_generations_and_of_the_schedule(seed: int) -> None:
+def played(by_fill: Sequence[float], seed: int) -> Iterator[bool]:
+    """Verdicts of a generation without end, drawn."""
+    draw, since = random.Random(seed), 0
+    while True:
+        since += 1
+        accepted = draw.random() < by_fill[min(since, len(by_fill)) - 1]
+        yield accepted
+        since = since if accepted else 0
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("length", [None, 1, 60])
+def test_a_prediction_is_the_mean_of_generations_played_with_drawn_verdicts(seed: int, length: int | None) -> None:
     draw = random.Random(seed)
     n = draw.randint(2, 8)
     by_fill = [draw.uniform(0.4, 0.95) for _ in range(n)]
-    p = expected_acceptance(by_fill)
-    coins = verdicts(by_fill, seed)
-    found = sum(next(coins) for _ in range(30000)) / 30000
-    assert found == pytest.approx(p, abs=0.01)
-    layers = tuple([1] * n)
-    profile = replace(PROFILE, layers=(2.0,) * n)
-    predicted = predict(profile, Design(layers, 1, 2, 100), by_fill, tokens=20000)
-    assert predicted.acceptance == pytest.approx(p, abs=0.015)
-    assert pytest.approx(long_run_speedup(n, predicted.acceptance), rel=0.002) == predicted.S
+    profile = replace(PROFILE, layers=tuple(draw.uniform(0.5, 3.0) for _ in range(n)))
+    design = Design((1,) * n, 1, 2, 100, head_alone=draw.random() < 0.5)
+    predicted = predict(profile, design, by_fill, length)
+    tokens, times = 4000, 1 if length is None else 4000 // length
+    flags = [list(islice(played(by_fill, 100 * seed + i), length or tokens)) for i in range(times)]
+    runs = [simulate(costs_of(profile, design), one, len(one)) for one in flags]
+    new, cycles, seconds = sum(map(len, flags)), sum(one.cycles for one in runs), sum(one.seconds for one in runs)
+    assert predicted.acceptance == pytest.approx(sum(map(sum, flags)) / new, abs=0.025)
+    assert pytest.approx(n * new / cycles, rel=0.06) == predicted.S
+    assert predicted.cycle_ms == pytest.approx(1e3 * seconds / cycles, rel=0.02)
+    assert predicted.tokens_per_second == pytest.approx(1e3 * predicted.S / n / predicted.cycle_ms)
+    if length is None:
+        assert predicted.acceptance == pytest.approx(expected_acceptance(by_fill))
+        assert pytest.approx(long_run_speedup(n, predicted.acceptance)) == predicted.S
 
 
 def test_one_share_for_every_fill_is_itself() -> None:

@@ -66,12 +66,14 @@ class Simulated:
         cycles, new_tokens: of the schedule; new tokens do not count the first.
         busy: work of each rank as a share of the time, dropped work included, and that of the last cycle whole, though
             the first stages do it after the last verdict: in a short generation a share may exceed 1.
+        verified: when each new token is verified, in seconds.
     """
 
     seconds: float
     cycles: int
     new_tokens: int
     busy: tuple[float, ...]
+    verified: tuple[float, ...]
 
     @property
     def seconds_per_token(self) -> float:
@@ -117,22 +119,22 @@ class _Play:
     def run(self, verdicts: Sequence[bool]) -> Simulated:
         layers = [1] * self.n
         schedule = PipelineSchedule(Staircase(tuple(layers), default_anchors(layers)), 0)
-        emitted, at = 0, 0.0
-        while emitted < len(verdicts):
+        times: list[float] = []
+        while len(times) < len(verdicts):
             plan = schedule.plan()
             ahead = schedule.plan(ahead=True)
             if plan.leaving is None:
                 self._cycle(plan, accepted=True)
                 schedule.advance(None)
                 continue
-            accepted = verdicts[emitted]
-            emitted += 1
-            at = self._cycle(plan, accepted)
+            accepted = verdicts[len(times)]
+            times.append(self._cycle(plan, accepted))
             schedule.advance(accepted)
             if not accepted:
                 self._drop(ahead)
+        at = times[-1] if times else 0.0
         share = tuple(busy / at if at else 0.0 for busy in self.busy)
-        return Simulated(at, schedule.cycle, len(verdicts), share)
+        return Simulated(at, schedule.cycle, len(verdicts), share, tuple(times))
 
     def _cycle(self, plan: Cycle, accepted: bool) -> float:
         """All ranks' work of one cycle; returns when the last stage has verified.

@@ -6,20 +6,21 @@ the formulas, what goes in, and how predictions compare with measurements.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import count, islice
+from itertools import accumulate, pairwise
+from operator import mul
 
 from spd_lightning.decoding.simulator import Costs, simulate
 from spd_lightning.head.config import HeadConfig
-from spd_lightning.randomness import Purpose, uniform
 from spd_lightning.speed.hardware import HardwareProfile
 from spd_lightning.staircase import default_anchors, even_stage_layers
 from spd_lightning.target.balance import Costs as PartCosts
 from spd_lightning.target.balance import balanced_stage_layers
 
-#: Tokens of a simulated generation: p is within about a point of what was asked for.
-TOKENS = 4000
+#: So many tokens after the n-th since a restart the pipeline is in its steady state.
+SETTLED = 8
 #: A head is hidden if it makes cycles longer by no more than this share.
 HIDDEN = 0.02
 
@@ -92,35 +93,27 @@ def costs_of(profile: HardwareProfile, design: Design) -> Costs:
 
 
 def predict(
-    profile: HardwareProfile,
-    design: Design,
-    by_fill: Sequence[float],
-    length: int | None = None,
-    tokens: int = TOKENS,
-    seed: int = 0,
+    profile: HardwareProfile, design: Design, by_fill: Sequence[float], length: int | None = None
 ) -> Prediction:
-    """Play generations whose drafts are accepted by fill.
+    """What generations whose drafts are accepted by fill take on average: exact, nothing is drawn.
 
     Args:
         by_fill: acceptance of drafts made with 1, 2, ... tokens in flight; the last entry holds for all fuller
             pipelines. One entry: constant.
         length: new tokens of a generation after the first; each begins with an empty pipeline. None: one without end.
-        tokens: played in all, about.
     """
-    costs = costs_of(profile, design)
-    length = length or tokens
-    runs = [list(islice(verdicts(by_fill, seed + i), length)) for i in range(max(1, tokens // length))]
-    played = [simulate(costs, flags, length) for flags in runs]
-    seconds, cycles = sum(one.seconds for one in played), sum(one.cycles for one in played)
-    unhindered = sum(simulate(replace(costs, head=0.0), flags, length).seconds for flags in runs)
-    new = length * len(runs)
+    costs, n = costs_of(profile, design), design.num_stages
+    accepted = _padded(by_fill, n + SETTLED)
+    shares, after = places(by_fill, n + SETTLED, length)
+    seconds, unhindered = (_seconds(shares, after, c) for c in (costs, replace(costs, head=0.0)))
+    cycles = 1 + (n - 1) * shares[0]
     work = [*costs.stages[:-1], costs.stages[-1] + costs.verification]
     return Prediction(
         design,
-        acceptance=sum(map(sum, runs)) / new,
-        S=design.num_stages * new / cycles,
-        tokens_per_second=new / seconds,
-        speedup=profile.plain / 1e3 * new / seconds,
+        acceptance=_dot(shares, accepted),
+        S=n / cycles,
+        tokens_per_second=1 / seconds,
+        speedup=profile.plain / 1e3 / seconds,
         cycle_ms=1e3 * seconds / cycles,
         stage_ms=1e3 * max(work),
         head_ms=1e3 * costs.head,
@@ -128,37 +121,68 @@ def predict(
     )
 
 
+def places(by_fill: Sequence[float], last: int, length: int | None = None) -> tuple[list[float], list[float]]:
+    """The shares of tokens that are the 1st, 2nd, ..., `last`-or-later since a restart, and what came before the 1st.
+
+    With Q_k the chance that k drafts in a row are accepted, the k-th place of an endless generation is proportional to
+    Q_{k-1}; one of `length` tokens is followed token by token from its empty pipeline.
+
+    Returns:
+        shares of the places, which sum up to 1; shares of tokens that follow a rejection at each place.
+    """
+    accepted = _padded(by_fill, last)
+    if length is None:
+        reached = [1.0, *accumulate(accepted[:-1], mul)]
+        if accepted[-1] >= 1.0 and reached[-1]:
+            return [0.0] * (last - 1) + [1.0], [0.0] * last
+        reached[-1] /= max(1 - accepted[-1], sys.float_info.min)
+        shares = [q / sum(reached) for q in reached]
+        return shares, [share * (1 - a) for share, a in zip(shares, accepted, strict=True)]
+    now, shares, after = [1.0] + [0.0] * (last - 1), [0.0] * last, [0.0] * last
+    for token in range(length):
+        shares = [so_far + p / length for so_far, p in zip(shares, now, strict=True)]
+        rejected = [p * (1 - a) for p, a in zip(now, accepted, strict=True)]
+        if token < length - 1:
+            after = [so_far + p / length for so_far, p in zip(after, rejected, strict=True)]
+        kept = [p - q for p, q in zip(now, rejected, strict=True)]
+        now = [sum(rejected), *kept[:-2], kept[-2] + kept[-1]]
+    return shares, after
+
+
+def _padded(by_fill: Sequence[float], last: int) -> list[float]:
+    return [by_fill[min(place, len(by_fill) - 1)] for place in range(last)]
+
+
+def _dot(a: Sequence[float], b: Sequence[float]) -> float:
+    return sum(x * y for x, y in zip(a, b, strict=True))
+
+
+def _seconds(shares: Sequence[float], after: Sequence[float], costs: Costs) -> float:
+    """Mean seconds of a token, with the shares of `places`.
+
+    One generation is played whose rejections come at the 1st place, at the 2nd, and so on: what follows a restart is
+    the same after all of them, but for the first token: more work is dropped where more was in flight.
+    """
+    last = len(shares)
+    flags = [place == end for end in range(1, last + 1) for place in range(1, end + 1)]
+    times = simulate(costs, [not rejected for rejected in [*flags, False]], len(flags) + 1).verified
+    ends = [at for at, rejected in enumerate(flags) if rejected]
+    first = [times[at + 1] - times[at] for at in ends]
+    steps = [b - a for a, b in pairwise(times[ends[-2] + 1 : ends[-1] + 1])]
+    steps[-1] = sum(steps[-4:]) / 4  # a head on a rank of its own may take turns of two cycles
+    begins = shares[0] - sum(after)
+    return begins * times[0] + _dot(after, first) + _dot(shares[1:], steps)
+
+
 def seconds_of(profile: HardwareProfile, design: Design, flags: Sequence[bool]) -> float:
     """What a generation with these verdicts would take, after its first token."""
     return simulate(costs_of(profile, design), flags, len(flags)).seconds if flags else 0.0
 
 
-def verdicts(by_fill: Sequence[float], seed: int = 0) -> Iterator[bool]:
-    """Accepted or not, draft by draft, without end: fill counts up from 1 after every rejection."""
-    since = 0
-    for position in count():
-        since += 1
-        accepted = uniform(seed, Purpose.COIN, position, 0) < by_fill[min(since, len(by_fill)) - 1]
-        yield accepted
-        if not accepted:
-            since = 0
-
-
 def expected_acceptance(by_fill: Sequence[float]) -> float:
-    """p of an endless generation: of all drafts, those of fill f come as often as a run of accepted ones reaches f.
-
-    With Q_k the chance that k drafts in a row are accepted, A = Q_1 + Q_2 + ... of them lie between two restarts, and
-    p = A / (A + 1); the last entry of `by_fill` repeats for ever. Then S = n / (1 + (n - 1)(1 - p)).
-    """
-    reached, A = 1.0, 0.0
-    for p in by_fill[:-1]:
-        reached *= p
-        A += reached
-    last = by_fill[-1]
-    if last >= 1.0:
-        return 1.0 if reached > 0 else A / (A + 1)
-    A += reached * last / (1 - last)
-    return A / (A + 1)
+    """p of an endless generation: by the place of every token since a restart. Then S = n / (1 + (n - 1)(1 - p))."""
+    last = len(by_fill) + 1
+    return _dot(places(by_fill, last)[0], _padded(by_fill, last))
 
 
 def rescaled(by_fill: Sequence[float], num_stages: int) -> tuple[float, ...]:
