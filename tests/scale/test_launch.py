@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 from scale_runs import logged
 
 from spd_lightning.training.saving import newest_complete
