@@ -128,6 +128,25 @@ class HeadLayer(nn.Module):
         return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
 
 
+class Aggregation(nn.Linear):
+    """W_k: concatenated anchors [..., (k+1) H] -> row [..., H].
+
+    With `anchor_norm` each of them has root mean square 1 first: the states of a deep layer are many times larger than
+    those of a shallow one, and without it they decide alone how far a step of the optimizer moves a row. The norm has
+    no weight of its own, because W_k would undo it.
+    """
+
+    def __init__(self, config: HeadConfig, block: int) -> None:
+        super().__init__((block + 1) * config.hidden_size, config.hidden_size, bias=False)
+        self.norm_size, self.eps = (config.hidden_size if config.anchor_norm else None), config.rms_norm_eps
+
+    def forward(self, anchors: Tensor) -> Tensor:
+        if self.norm_size is not None:
+            apart = anchors.unflatten(-1, (-1, self.norm_size))
+            anchors = F.rms_norm(apart, (self.norm_size,), eps=self.eps).flatten(-2).to(anchors.dtype)
+        return super().forward(anchors)
+
+
 class LmHead(nn.Linear):
     """Over the draft vocabulary, without bias."""
 
@@ -165,7 +184,7 @@ class SpeculationHead(nn.Module):
         self.origin = TargetIdentity()
         self.staircase = config.staircase
         H = config.hidden_size
-        self.aggregation = nn.ModuleList(nn.Linear((k + 1) * H, H, bias=False) for k in range(len(config.anchors)))
+        self.aggregation = nn.ModuleList(Aggregation(config, k) for k in range(len(config.anchors)))
         self.layers = nn.ModuleList(HeadLayer(config) for _ in range(config.num_layers))
         self.norm = nn.RMSNorm(H, eps=config.rms_norm_eps).requires_grad_(False)
         self.lm_head = LmHead(H, config.draft_vocab_size, bias=False)
