@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from typing import Any
 from rich.console import Console
 
 from spd_lightning.export.background import without_paths
+from spd_lightning.memory.resident import resident
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = ROOT / "benchmarks" / "records"
@@ -100,9 +100,9 @@ def peak_memory(script: str, *arguments: str) -> float:
 
 def peak_above_start(run: Callable[[], object]) -> float:
     """MiB by which `run` raises the peak of this process's resident memory over what is resident now."""
-    start = _resident("VmRSS")
+    start = resident("VmRSS")
     run()
-    return (_resident("VmHWM") - start) / MIB
+    return (resident("VmHWM") - start) / MIB
 
 
 def write_record(name: str, results: Mapping[str, Any], threads: int, folder: Path = RECORDS) -> Path:
@@ -133,18 +133,6 @@ def renew_readme(mark: str, table: str, page: str = "README.md") -> None:
     comment, _, after = rest.partition("-->\n")
     closing = after[after.index(f"<!-- /{mark}") :]
     readme.write_text(f"{before}{opening}{comment}-->\n{table}\n{closing}")
-
-
-def _resident(field: str) -> int:
-    """Bytes of a field of /proc/self/status; elsewhere the peak from getrusage.
-
-    VmHWM belongs to this program. ru_maxrss does not: it is inherited from the process that started this one.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith(field))
-        return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _git(*arguments: str) -> str | None:

@@ -30,8 +30,7 @@ from spd_lightning.decoding.pipeline import PipelineDecoder  # noqa: E402
 from spd_lightning.decoding.workers import run_ranks  # noqa: E402
 from spd_lightning.head.loading import new_head  # noqa: E402
 from spd_lightning.speed.measure import measure_profile  # noqa: E402
-from spd_lightning.speed.model import Design, expected_acceptance, predict  # noqa: E402
-from spd_lightning.staircase import long_run_speedup  # noqa: E402
+from spd_lightning.speed.model import Design, places, predict  # noqa: E402
 from spd_lightning.target.loading import load_target  # noqa: E402
 from spd_lightning.target.target import Target  # noqa: E402
 
@@ -48,6 +47,7 @@ DESIGNS = (
     ("150M", (5, 13), 3, 4096, 0.9),
 )
 NEW, PROMPT = 96, 64
+SPEED = "tokens_per_second"
 
 
 def target_named(name: str) -> Target:
@@ -107,7 +107,7 @@ def one_round(name: str, number: int, rank: int, world: int) -> dict[str, Any]:
 
 
 def summed_up(rounds: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Medians over rounds; errors are medians of the ratio within a round."""
+    """Medians over rounds, and the error of every round: its prediction against its own measurement."""
     designs = []
     for index, (name, split, head_layers, ids, p) in enumerate(DESIGNS):
         rows = [row for one in rounds for row in one["rows"] if row["design"] == index]
@@ -115,25 +115,25 @@ def summed_up(rounds: list[dict[str, Any]]) -> list[dict[str, Any]]:
         designs.append(
             {"target": name, "stage_layers": list(split), "head_layers": head_layers, "draft_ids": ids, "acceptance": p}
             | {key: statistics.median(row[key] for row in rows) for key in names}
-            | {
-                f"error_of_{key}": statistics.median(row[f"predicted_{key}"] / row[key] - 1 for row in rows)
-                for key in ("S", "tokens_per_second")
-            }
+            | {f"errors_of_{key}": [row[f"predicted_{key}"] / row[key] - 1 for row in rows] for key in ("S", SPEED)}
         )
     return designs
 
 
 def trained(run: Path) -> list[dict[str, Any]]:
-    """p and S of a finished run's head from nothing but its acceptance by fill, beside what its decoding measured."""
+    """p and S of a finished run's drafters from nothing but acceptance by fill, beside what its decoding measured."""
     rows = []
     for row in json.loads((run / "run.json").read_text())["results"]["final"]:
         if row["by_fill"]:
-            n = row["num_stages"]
-            p = expected_acceptance([entry["top1"] for entry in row["by_fill"]])
+            n, length = row["num_stages"], round(row["new_tokens"] / row["generations"]) - 1
+            by_fill = {entry["fill"]: entry["top1"] for entry in row["by_fill"]}
+            shares = [by_fill.get(fill, row["acceptance"]) for fill in range(1, n + 1)]
+            found, _ = places(shares, n + 1, length)
             rows.append(
                 {
                     "drafter": row["drafter"], "temperature": row["temperature"], "n": n, "p": row["acceptance"],
-                    "predicted_p": p, "S": row["theoretical_speedup"], "predicted_S": long_run_speedup(n, p),
+                    "predicted_p": sum(share * p for share, p in zip(found, [*shares, shares[-1]], strict=True)),
+                    "S": row["theoretical_speedup"], "predicted_S": n / (1 + (n - 1) * found[0]),
                 }
             )  # fmt: skip
     return rows
@@ -141,25 +141,31 @@ def trained(run: Path) -> list[dict[str, Any]]:
 
 def markdown(found: dict[str, Any]) -> str:
     lines = [
-        "| target | stages | head layers | draft ids | p | S | predicted | error | tokens/s | predicted | error |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| target | stages | head layers | draft ids | p | S | predicted | tokens/s | predicted | errors, by round |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in found["designs"]:
         lines.append(
             f"| {row['target']} | {row['stage_layers']} | {row['head_layers']} | {row['draft_ids']:,} | "
-            f"{row['acceptance']:g} | {row['S']:.2f} | {row['predicted_S']:.2f} | {row['error_of_S']:+.0%} | "
+            f"{row['acceptance']:g} | {row['S']:.2f} | {row['predicted_S']:.2f} | "
             f"{row['tokens_per_second']:.1f} | {row['predicted_tokens_per_second']:.1f} | "
-            f"{row['error_of_tokens_per_second']:+.0%} |"
+            f"{', '.join(f'{error:+.0%}' for error in row['errors_of_tokens_per_second'])} |"
         )
-    errors = [abs(row["error_of_tokens_per_second"]) for row in found["designs"]]
+    errors = [abs(error) for row in found["designs"] for error in row["errors_of_tokens_per_second"]]
+    of_S = [abs(error) for row in found["designs"] for error in row["errors_of_S"]]
     lines += [
         "",
-        f"Tokens per second are predicted within {max(errors):.0%}, {statistics.mean(errors):.0%} on average; two "
-        f"ranks of one thread on two cores, n = 2. Medians of {found['repeats']} rounds, in each of which the profile "
-        f"is measured anew, because the machine's speed drifts; generations of {NEW} tokens.",
+        f"Single predictions of tokens per second are off by {statistics.mean(errors):.0%} on average and "
+        f"{max(errors):.0%} at most, those of S by {statistics.mean(of_S):.0%} and {max(of_S):.0%} (one generation of "
+        f"{NEW} tokens each). Two ranks of one thread on two cores, n = 2; figures are medians of {found['repeats']} "
+        "rounds, in each of which the profile is measured anew, because the machine's speed drifts.",
     ]
     if found["trained"]:
-        lines += ["", "Drafters of a real run, S from acceptance by fill alone:", ""]
+        lines += [
+            "",
+            "Drafters of a real run, p and S from acceptance by fill and the mean length of its generations alone:",
+            "",
+        ]
         lines += ["| drafter | T | n | p | predicted | S | predicted | error |", "|---|---|---|---|---|---|---|---|"]
         for row in found["trained"]:
             lines.append(

@@ -10,6 +10,13 @@ from typing import Any
 from spd_lightning.errors import InputError
 
 
+def recipe_folder() -> Path:
+    """A wheel carries the recipes inside the package; in a checkout they lie at its root."""
+    package = Path(__file__).resolve().parent
+    inside = package / "recipes"
+    return inside if inside.is_dir() else package.parents[1] / "recipes"
+
+
 def write_whole(path: Path, content: str | Callable[[Any], None], flag: str = "") -> None:
     """A file that appears under its name only when it is complete; one process at a time.
 

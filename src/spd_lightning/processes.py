@@ -24,15 +24,26 @@ def started_here() -> bool:
 def die_with_parent() -> None:
     """End when the process that started this one does, if it says so; to be called before anything that takes time.
 
-    Linux alone does it at once. Elsewhere the lost store of the job tells.
+    Linux alone does it at once. Elsewhere the lost store of the job tells. Where a launcher stands between the two, it
+    is the launcher's end that counts.
     """
     parent = os.environ.pop(OWNER, "") or os.environ.get(PARENT, "")
     if not parent.isdigit() or not sys.platform.startswith("linux"):
         return
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-    if os.getppid() != int(parent):  # it ended before this
+    if os.getppid() != int(parent) and not _alive(int(parent)):  # it ended before this
         os._exit(VICTIM)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def pin(process: int, rank: int, ranks: int) -> None:
@@ -48,6 +59,11 @@ def pin(process: int, rank: int, ranks: int) -> None:
     if share:
         with contextlib.suppress(OSError):  # a process that is gone already, or a place that forbids it
             os.sched_setaffinity(process, cores[rank * share : (rank + 1) * share])
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def all_cores_are_ours() -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from spd_lightning import cli
+from spd_lightning.report.generations import FORMAT
 from spd_lightning.report.html import config_differences
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
@@ -53,7 +54,7 @@ def make_run(folder: Path, **changes: Any) -> Path:
     grid = [[["accepted", " file"], ["empty", None], ["rejected", None], ["flushed", "x"]]] * 3
     sample = {"prompt": "What & <why>?", "acceptance": 0.5, "theoretical_speedup": 1.5, "cycles": 3,
               "tokens": tokens, "grid": grid}  # fmt: skip
-    (folder / "generations.json").write_text(json.dumps({"num_stages": 4, "samples": [sample]}))
+    (folder / "generations.json").write_text(json.dumps({"format": FORMAT, "num_stages": 4, "samples": [sample]}))
     return folder
 
 
@@ -76,9 +77,10 @@ class Links(HTMLParser):
 
 def test_one_file_shows_the_run_and_fetches_nothing(tmp_path: Path) -> None:
     run = make_run(tmp_path / "first")
-    bench = {"metrics": [{"prompts": "spec_bench", "category": c, "temperature": 0.0, "count": 8, "acceptance": 0.6,
-                          "acceptance_interval": None, "theoretical_speedup": 2.0, "wall_clock_speedup": None}
-                         for c in (None, "math")]}  # fmt: skip
+    head = {"name": "heads/a", "digest": "0123456789abcdef"}
+    row = {"prompts": "spec_bench", "temperature": 0.0, "count": 8, "acceptance": 0.6, "acceptance_interval": None,
+           "theoretical_speedup": 2.0, "wall_clock_speedup": None}  # fmt: skip
+    bench = {"head": head, "metrics": [row | {"category": c} for c in (None, "math")]}
     (tmp_path / "bench.json").write_text(json.dumps(bench))
     assert report(run, "--bench", tmp_path / "bench.json") == 0
     page = (run / "report.html").read_text()
@@ -103,14 +105,15 @@ def test_a_wrong_output_is_red_and_a_run_that_goes_on_shows_its_last_validation(
     (run / "generations.json").unlink()
     assert report(run) == 0
     page = (run / "report.html").read_text()
-    assert "0.760" in page and "last validation; not finished" in page
+    assert "0.760" in page and "last validation; running" in page
 
 
 def test_damaged_generations_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = make_run(tmp_path / "run")
-    (run / "generations.json").write_text('{"samples": [')
-    assert report(run) == 2
-    assert "generations.json is damaged" in capsys.readouterr().err
+    for content in ('{"samples": [', "{}", "[]"):
+        (run / "generations.json").write_text(content)
+        assert report(run) == 2
+        assert "generations.json is damaged" in capsys.readouterr().err
 
 
 def test_several_runs_stand_side_by_side_with_what_differs(tmp_path: Path) -> None:
@@ -135,7 +138,7 @@ def test_differences_are_of_fields_and_lacking_ones_are_a_dash() -> None:
         (["none"], "none is no run directory: run.json"),
         (["a", "--output", "x.pdf"], "--output x.pdf: expected a name that ends in .html"),
         (["a", "--output", "no/x.html"], "the folder no does not exist"),
-        (["a", "--bench", "b.json"], "--bench b.json cannot be read"),
+        (["a", "--bench", "b.json"], "--bench b.json: no such file"),
         (["a", "a", "--bench", "b.json"], "--bench belongs to one run"),
     ],
 )

@@ -97,6 +97,13 @@ def test_the_best_split_gives_the_first_stage_fewer_layers_where_the_head_sits_t
     assert len(made) == len(set(made))
 
 
+def test_given_acceptances_are_by_fill_and_the_last_holds_for_fuller_pipelines() -> None:
+    assert given(["8:0.9,0.85,0.8"]).of(8) == (0.9, 0.85, *[0.8] * 6)
+    assert given(["0.9,0.85"]).of(8) == (0.9, 0.85) and given(["2:0.9"]).of(2) == (0.9, 0.9)
+    with pytest.raises(InputError, match="2:0.9,0.8,0.7: 3 shares, but no more than 2 tokens"):
+        given(["2:0.9,0.8,0.7"])
+
+
 @pytest.mark.parametrize("word", ["1.5", "x", "8:", "1:0.5", "0.8,", "-0.1"])
 def test_wrong_acceptances_are_named(word: str) -> None:
     with pytest.raises(InputError, match="--acceptance .*: expected shares"):
@@ -202,7 +209,14 @@ def test_wrong_flags_of_plan_are_one_line(
         (["--output", "no/x.json"], "the folder no does not exist"),
         (["--output", "x.json", "--workers", "0"], "--workers 0: expected at least 1"),
         (["--output", "x.json", "--bandwidth", "fast"], "--bandwidth fast: expected a size"),
-        (["--output", "x.json", "--achieved", "2"], "--achieved 2: expected a share"),
+        (["--output", "x.json", "--bandwidth", "1GB/s", "--achieved", "2"], "--achieved 2: expected a share"),
+        (["--output", "x.json", "--achieved", "0.5"], "--achieved 0.5: it belongs to --bandwidth"),
+        (
+            ["--output", "x.json", "--bandwidth", "1GB/s", "--workers", "2"],
+            "--workers 2: nothing runs with --bandwidth",
+        ),
+        (["--output", "x.json", "--workers", "9"], "--workers 9: expected at most 8, one for each layer"),
+        (["--output", "x.json", "--bandwidth", "1GB/s", "--quantization", "4bit"], "--quantization 4bit: what"),
     ],
 )
 def test_wrong_flags_of_profile_are_one_line(

@@ -91,7 +91,51 @@ def test_a_sweep_whose_trials_all_fail_ends_with_the_reason(tmp_path: Path, capf
     path = written(tmp_path / "sweep.yaml", parameters=parameters, run_cap=9)
     assert cli.main(["sweep", str(path), "--local", "--output", str(tmp_path / "out")]) == 2
     error = capfd.readouterr().err
-    assert "error: all of the first 3 trials failed; the last: error: x=bad: expected something else" in error
+    assert "error: 3 trials in a row failed; the last: error: x=bad: expected something else" in error
+    made = LocalSweep(read_sweep(path), tmp_path / "out")
+    with pytest.raises(InputError, match="3 trials in a row failed"):  # it tries again: what was wrong may be mended
+        made.run(9, lambda line: None, lambda number, text: None)
+    assert len(made.rows()) == 6
+
+
+@pytest.mark.parametrize(
+    ("mode", "state", "starts"), [("killed", "complete", ["0", "1"]), ("always killed", "failed", ["0", "1"])]
+)
+def test_a_trial_that_is_killed_goes_on_once(tmp_path: Path, mode: str, state: str, starts: list[str]) -> None:
+    parameters = {"x": {"value": 0.3}, "mode": {"value": mode}}
+    made = run(written(tmp_path / "sweep.yaml", parameters=parameters), tmp_path / "out", 1)
+    (row,) = made.rows()
+    assert row["state"] == state and (tmp_path / "out" / row["run"] / "starts").read_text().split() == starts
+    assert row["value"] == (1.0 if state == "complete" else None)
+
+
+def test_a_metric_that_ends_as_no_number_is_a_failure(tmp_path: Path) -> None:
+    parameters = {"x": {"value": 0.3}, "mode": {"value": "nan"}}
+    made = run(written(tmp_path / "sweep.yaml", parameters=parameters), tmp_path / "out", 1)
+    (row,) = made.rows()
+    assert row["state"] == "failed" and row["value"] is None
+    assert made.trials[0].user_attrs["why"] == "val/score ended as nan"
+
+
+def test_a_launcher_may_stand_between_sweep_and_trial(tmp_path: Path) -> None:
+    launcher = "import subprocess, sys; sys.exit(subprocess.run([sys.executable, *sys.argv[1:]]).returncode)"
+    command = ["${interpreter}", "-c", launcher, "${program}", "fit", "${args}"]
+    made = run(written(tmp_path / "sweep.yaml", command=command), tmp_path / "out", 2)
+    assert {row["state"] for row in made.rows()} == {"complete"}
+
+
+def test_a_folder_is_of_one_sweep_at_a_time(tmp_path: Path) -> None:
+    path, refused = written(tmp_path / "sweep.yaml"), []
+    made = LocalSweep(read_sweep(path), tmp_path / "out")
+
+    def tick(number: int, text: str) -> None:
+        with pytest.raises(InputError, match="another sweep runs in this folder") as caught:
+            run(path, tmp_path / "out", 2)
+        refused.append(caught)
+
+    made.run(1, lambda line: None, tick)
+    assert refused
+    run(path, tmp_path / "out", 2)
 
 
 def test_another_sweep_is_not_mixed_in(tmp_path: Path) -> None:
@@ -99,9 +143,11 @@ def test_another_sweep_is_not_mixed_in(tmp_path: Path) -> None:
     other = written(tmp_path / "other.yaml", metric={"name": "val/other", "goal": "maximize"})
     with pytest.raises(InputError, match="holds a sweep with another metric"):
         LocalSweep(read_sweep(other), tmp_path / "out")
+    with pytest.raises(InputError, match="holds a sweep with another name"):
+        LocalSweep(read_sweep(written(tmp_path / "sweep.yaml", name="renamed")), tmp_path / "out")
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_sweep_that_is_killed_goes_on_with_the_trial_that_it_was_in(tmp_path: Path, number: signal.Signals) -> None:
     parameters = {"x": {"min": 0.0, "max": 1.0}, "steps": {"value": 6}, "seconds": {"value": 0.5}}
     path, out = written(tmp_path / "sweep.yaml", parameters=parameters), tmp_path / "out"

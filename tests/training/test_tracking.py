@@ -121,7 +121,7 @@ def test_no_secret_of_the_environment_is_in_what_would_be_sent(runs: Path) -> No
 
 def test_tensorboard_and_csv_have_the_same_metrics(runs: Path) -> None:
     assert list((runs / "tensorboard").glob("events.out.tfevents.*"))
-    header = (runs / "csv" / "metrics.csv").read_text().splitlines()[0].split(",")
+    header = (runs / "csv" / "version_0" / "metrics.csv").read_text().splitlines()[0].split(",")
     assert {"val/acceptance", "train/loss"} <= set(header)
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -259,12 +260,14 @@ def _self_test() -> Iterator[Finding]:
             try:
                 said = test(Path(folder))
             except Exception as error:  # a self-test tells whatever goes wrong
+                if os.environ.get("SPD_DEBUG"):
+                    traceback.print_exc()
                 yield Finding(name, "bad", f"{type(error).__name__}: {first_line(error)}", _REPORT)
                 return
             yield Finding(name, "good", f"{said} ({time.perf_counter() - began:.1f} s)")
 
 
-_REPORT = "a self-test failed: SPD_DEBUG=1 spd-lightning generate --target tiny tells more"
+_REPORT = "a self-test failed: SPD_DEBUG=1 spd-lightning doctor shows where"
 _PROMPT = [1, 300, 301, 302, 303, 304]
 
 

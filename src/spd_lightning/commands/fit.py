@@ -15,6 +15,7 @@ import yaml
 
 from spd_lightning.commands.parsing import closest, did_you_mean
 from spd_lightning.errors import InputError
+from spd_lightning.files import recipe_folder
 
 #: Top-level keys of a recipe, with what they hold.
 SECTIONS = {
@@ -146,13 +147,7 @@ def _require_training_extra(prog: str) -> None:
 
 def recipe_files() -> dict[str, Path]:
     """Recipes by name."""
-    return {path.stem: path for path in sorted(recipe_folder(Path(__file__).resolve().parents[1]).glob("*.yaml"))}
-
-
-def recipe_folder(package: Path) -> Path:
-    """A wheel carries the recipes inside the package; in a checkout they lie at its root."""
-    inside = package / "recipes"
-    return inside if inside.is_dir() else package.parents[1] / "recipes"
+    return {path.stem: path for path in sorted(recipe_folder().glob("*.yaml"))}
 
 
 def resolve_config_names(argv: Sequence[str]) -> list[str]:

@@ -11,7 +11,6 @@ import re
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spd_lightning.commands.fit import SECTIONS, check_arguments, check_files, config_files, resolve_config_names
@@ -19,7 +18,7 @@ from spd_lightning.commands.merging import Config, merged
 from spd_lightning.commands.parsing import CommandParser, did_you_mean
 from spd_lightning.commands.plan_speed import Speed, add_speed_flags, check_speed, fields_of, speed_of, tables
 from spd_lightning.commands.plan_speed import advice as speed_advice
-from spd_lightning.errors import InputError, first_line
+from spd_lightning.errors import InputError
 
 if TYPE_CHECKING:
     from spd_lightning.memory.ranks import Job, RankMemory, Strategy
@@ -102,7 +101,9 @@ def run(argv: list[str]) -> int:
     if options.hardware is not None:
         head, anchors = asked.job.head, config["model.head.anchors"]
         layers = sum(head.staircase.stage_layers)
-        speed = speed_of(options, layers, head.num_layers, head.V_d, len(anchors) if anchors else None)
+        speed = speed_of(
+            options, asked.job.target.V, layers, head.num_layers, head.V_d, len(anchors) if anchors else None
+        )
     return _report(asked, speed, as_json=options.json)
 
 
@@ -264,20 +265,7 @@ def _target_config(config: Config) -> Any:
         offline=config.truth("model.loading.offline"),
         trust_remote_code=config.truth("model.loading.trust_remote_code"),
     )
-    folder = Path(str(name))
-    if (folder / "config.json").is_file() and not [*folder.glob("*.safetensors"), *folder.glob("*.bin")]:
-        from transformers import AutoConfig
-
-        from spd_lightning.target.families import unsupported_reason
-
-        try:
-            found = AutoConfig.from_pretrained(folder, trust_remote_code=loading.trust_remote_code)
-        except Exception as error:  # as in check_target
-            raise InputError(f"target={str(name)!r} has no readable config.json: {first_line(error)}") from error
-        if reason := unsupported_reason(found):
-            raise InputError(f"target={str(name)!r} cannot be a target: {reason}.")
-        return found
-    return check_target(name, loading=loading, named="model.loading.{}".format)
+    return check_target(name, loading=loading, named="model.loading.{}".format, needs_weights=False)
 
 
 # -- advice ----------------------------------------------------------------------------------------------------------

@@ -69,10 +69,13 @@ def check_speed(options: Namespace) -> None:
         raise InputError("--hardware needs --acceptance P or --run DIR, one of them: how many drafts are accepted.")
 
 
-def speed_of(options: Namespace, num_layers: int, head_layers: int, draft_ids: int, anchors: int | None) -> Speed:
-    """Predict every design for a target of so many layers.
+def speed_of(
+    options: Namespace, vocabulary: int, num_layers: int, head_layers: int, draft_ids: int, anchors: int | None
+) -> Speed:
+    """Predict every design.
 
     Args:
+        vocabulary, num_layers: of the target.
         head_layers, draft_ids, anchors: as configured; other numbers of head layers are looked at too.
     """
     from spd_lightning.speed import acceptance
@@ -80,7 +83,7 @@ def speed_of(options: Namespace, num_layers: int, head_layers: int, draft_ids: i
     from spd_lightning.speed.model import designs, predict
 
     profile = read_profile(options.hardware, "--hardware")
-    profile.check_fits(num_layers, f"--hardware {options.hardware}")
+    profile.check_fits(num_layers, vocabulary, f"--hardware {options.hardware}")
     known = acceptance.given(options.acceptance) if options.acceptance else acceptance.of_runs(options.run)
     stages = _stages(options.stages, num_layers)
     depths = sorted({*_HEAD_LAYERS, head_layers})

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from argparse import Namespace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from spd_lightning.commands.models import add_target_flags, loading_of
 from spd_lightning.commands.parsing import CommandParser
 from spd_lightning.errors import InputError
+from spd_lightning.processes import cores, started_here
 
 if TYPE_CHECKING:
     from spd_lightning.speed.hardware import HardwareProfile
@@ -20,6 +20,9 @@ How long the parts of a pipeline's cycle take: each layer of the target, verific
 ids, and handing over between ranks. The file is what `plan --hardware` and `decoding.hardware` predict tokens per
 second from. With --bandwidth nothing is run: every part is its bytes over the memory bandwidth, and the profile says
 that it was computed."""
+
+#: Of a machine that is described, where nothing else is said.
+_ASSUMED = {"achieved": 0.7, "launch_ms": 0.06, "send_ms": 0.02, "latency_ms": 0.03, "tell_ms": 0.015}
 
 _EXAMPLES = """\
 examples
@@ -47,13 +50,11 @@ def parser() -> CommandParser:
     measured.add_argument("--port", type=int, default=0, metavar="P", help="where ranks meet (default: a free port)")
     given = made.add_argument_group("computed", "from a description of the machine; only the target's config is read")
     given.add_argument("--bandwidth", metavar="RATE", help="of memory, such as 3.35TB/s or 40GB/s")
-    given.add_argument("--achieved", type=float, default=0.7, metavar="SHARE", help="of it (default: 0.7)")
-    given.add_argument(
-        "--launch-ms", type=float, default=0.06, metavar="MS", help="of a layer, beside its bytes (default: 0.06)"
-    )
-    given.add_argument("--send-ms", type=float, default=0.02, metavar="MS", help="busy handing over (default: 0.02)")
-    given.add_argument("--latency-ms", type=float, default=0.03, metavar="MS", help="of a message (default: 0.03)")
-    given.add_argument("--tell-ms", type=float, default=0.015, metavar="MS", help="of a verdict (default: 0.015)")
+    given.add_argument("--achieved", type=float, metavar="SHARE", help="of it (default: 0.7)")
+    given.add_argument("--launch-ms", type=float, metavar="MS", help="of a layer, beside its bytes (default: 0.06)")
+    given.add_argument("--send-ms", type=float, metavar="MS", help="busy handing over (default: 0.02)")
+    given.add_argument("--latency-ms", type=float, metavar="MS", help="of a message (default: 0.03)")
+    given.add_argument("--tell-ms", type=float, metavar="MS", help="of a verdict (default: 0.015)")
     return made
 
 
@@ -66,12 +67,17 @@ def run(argv: list[str]) -> int:
     check_patience(options.patience)
     if options.bandwidth is not None:
         return _write(_computed(options), options)
+    layers = _config(options).get_text_config().num_hidden_layers
     if launched():
+        if options.workers is not None and not started_here():
+            raise InputError(f"--workers {options.workers}: torchrun has started the ranks. Leave it out.")
         with member(options.patience) as me:
             me.play(f"rank {me.rank}")
             profile = _measured(options, me.rank, me.world)
             return _write(profile, options) if me.rank == 0 else 0
     workers = options.workers or _workers(options)
+    if workers > layers:
+        raise InputError(f"--workers {workers}: expected at most {layers}, one for each layer of the target.")
     if workers == 1:
         return _write(_measured(options, 0, 1), options)
     from spd_lightning.decoding.workers import start_workers
@@ -86,12 +92,26 @@ def _check(options: Namespace) -> None:
         raise InputError(f"--output {options.output}: expected a name that ends in .json.")
     if not options.output.parent.is_dir():
         raise InputError(f"--output {options.output}: the folder {options.output.parent} does not exist.")
+    unused = ("workers",) if options.bandwidth is not None else _ASSUMED
+    for name in unused:
+        if getattr(options, name) is not None:
+            flag = "--" + name.replace("_", "-")
+            why = "nothing runs with --bandwidth" if name == "workers" else "it belongs to --bandwidth"
+            raise InputError(f"{flag} {getattr(options, name):g}: {why}. Leave it out.")
+    for name, value in _ASSUMED.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
     if not 0 < options.achieved <= 1:
         raise InputError(f"--achieved {options.achieved:g}: expected a share above 0 and up to 1.")
     for name in ("launch", "send", "latency", "tell"):
         value = getattr(options, f"{name}_ms")
         if not 0 <= value < 1e4:
             raise InputError(f"--{name}-ms {value:g}: expected milliseconds of at least 0.")
+    if options.bandwidth is not None and options.quantization != "none":
+        raise InputError(
+            f"--quantization {options.quantization}: what unpacking weights costs follows from no bandwidth. Measure, "
+            "without --bandwidth."
+        )
 
 
 def _workers(options: Namespace) -> int:
@@ -99,7 +119,7 @@ def _workers(options: Namespace) -> int:
     import torch
 
     gpu = torch.cuda.is_available() and (options.device or "cuda").startswith("cuda")
-    return min(2, torch.cuda.device_count() if gpu else os.cpu_count() or 1)
+    return min(2, torch.cuda.device_count() if gpu else cores())
 
 
 def _measured(options: Namespace, rank: int, world: int) -> HardwareProfile:
@@ -108,11 +128,10 @@ def _measured(options: Namespace, rank: int, world: int) -> HardwareProfile:
 
     from spd_lightning.commands.ranks import rank_device
     from spd_lightning.speed.measure import measure_profile
-    from spd_lightning.target.loading import check_target, load_target
+    from spd_lightning.target.loading import load_target
 
     disable_progress_bar()
     loading = loading_of(options)
-    check_target(options.target, loading=loading, named=lambda name: "--" + name.replace("_", "-"))
     device = rank_device(options.device, rank)
     if world == 1 and device.type == "cpu":
         torch.set_num_threads(1)  # what one of several ranks on these cores would have
@@ -128,8 +147,7 @@ def _measured(options: Namespace, rank: int, world: int) -> HardwareProfile:
 def _computed(options: Namespace) -> HardwareProfile:
     from spd_lightning.commands.plan import parse_bytes
     from spd_lightning.speed.hardware import LinkCosts
-    from spd_lightning.speed.roofline import Machine, roofline
-    from spd_lightning.target.loading import check_target
+    from spd_lightning.speed.roofline import WEIGHT_BYTES, Machine, roofline
 
     rate = options.bandwidth.strip().removesuffix("/s")
     machine = Machine(
@@ -139,15 +157,19 @@ def _computed(options: Namespace) -> HardwareProfile:
         link=LinkCosts(options.send_ms, options.latency_ms, options.tell_ms),
         name=f"{options.bandwidth} of memory bandwidth",
     )
-    config = check_target(options.target, loading=loading_of(options), named=lambda n: "--" + n.replace("_", "-"))
-    return roofline(config, options.target, machine, _dtype_bytes(options.dtype))
+    dtype = "bfloat16" if options.dtype == "auto" else options.dtype
+    if dtype not in WEIGHT_BYTES:
+        raise InputError(f"--dtype {dtype}: expected auto, {', '.join(WEIGHT_BYTES)}.")
+    return roofline(_config(options), options.target, machine, dtype)
 
 
-def _dtype_bytes(name: str) -> int:
-    known = {"auto": 2, "bfloat16": 2, "float16": 2, "float32": 4}
-    if name not in known:
-        raise InputError(f"--dtype {name}: expected {', '.join(known)}.")
-    return known[name]
+def _config(options: Namespace) -> Any:
+    """The target's configuration; a computed profile asks for no weights."""
+    from spd_lightning.target.loading import check_target
+
+    return check_target(
+        options.target, loading_of(options), lambda name: "--" + name.replace("_", "-"), options.bandwidth is None
+    )
 
 
 def _write(profile: HardwareProfile, options: Namespace) -> int:

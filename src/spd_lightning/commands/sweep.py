@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from spd_lightning.commands.parsing import CommandParser, did_you_mean
 from spd_lightning.errors import InputError
-from spd_lightning.files import write_whole
+from spd_lightning.files import recipe_folder, write_whole
 
 if TYPE_CHECKING:
     from spd_lightning.sweep.file import SweepFile
@@ -59,11 +59,9 @@ def run(argv: list[str]) -> int:
 
 def find_sweep(name: str) -> Path:
     """A file, or a sweep of recipes/sweeps by name."""
-    from spd_lightning.commands.fit import recipe_folder
-
     if Path(name).is_file():
         return Path(name)
-    folder = recipe_folder(Path(__file__).resolve().parents[1]) / "sweeps"
+    folder = recipe_folder() / "sweeps"
     known = {path.stem: path for path in sorted(folder.glob("*.yaml"))}
     if name.removesuffix(".yaml") in known:
         return known[name.removesuffix(".yaml")]

@@ -18,12 +18,12 @@ from typing import Any
 from spd_lightning.data.journal import flat
 from spd_lightning.errors import InputError
 from spd_lightning.files import write_whole
-from spd_lightning.report.generations import as_html
+from spd_lightning.report.generations import FORMAT, as_html
 from spd_lightning.report.plots import FATES
 
 #: Keys of a configuration that differ between any two runs and say nothing.
 _OWN = ("run_dir", "ckpt_path", "config")
-#: Cycles of the occupancy picture, and tokens of a generation, that are shown.
+#: Cycles of the occupancy picture that are shown.
 _CYCLES = 96
 
 
@@ -73,16 +73,26 @@ def read_run(directory: Path, benches: Sequence[Path] = ()) -> Run:
         generations = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else None
     except (OSError, ValueError) as error:
         raise InputError(f"{kept} is damaged ({error}): remove it, and the report is made without it.") from error
-    found = [_read_bench(path) for path in [*sorted(directory.glob("bench*.json")), *benches]]
-    return Run(directory, record, generations, found)
+    if generations is not None and (not isinstance(generations, dict) or generations.get("format") != FORMAT):
+        raise InputError(f'{kept} is damaged (its "format" is not {FORMAT!r}): remove it, or make the run again.')
+    beside = [record for path in sorted(directory.glob("bench*.json")) if (record := _bench_record(path)) is not None]
+    return Run(directory, record, generations, beside + [_read_bench(path) for path in benches])
+
+
+def _bench_record(path: Path) -> Mapping[str, Any] | None:
+    """A record of bench; None for a file that is something else."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) and {"metrics", "head"} <= set(record) else None
 
 
 def _read_bench(path: Path) -> Mapping[str, Any]:
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"--bench {path} cannot be read: {error}") from error
-    if not isinstance(record, dict) or "metrics" not in record:
+    if not path.is_file():
+        raise InputError(f"--bench {path}: no such file.")
+    record = _bench_record(path)
+    if record is None:
         raise InputError(f"--bench {path} is no record of spd-lightning bench.")
     return record
 
@@ -91,7 +101,8 @@ def write_report(directories: Sequence[Path], out: Path, benches: Sequence[Path]
     """Write the report about some runs.
 
     Args:
-        benches: records of `bench`; they belong to the only run, or to the one that measured head is of.
+        benches: records of `bench`, shown with the only run beside those that lie in its directory; each names the head
+            that it measured.
 
     Raises:
         InputError: a directory is no run, matplotlib is missing, or the file cannot be written.
@@ -174,7 +185,7 @@ def _cards(run: Run) -> list[dict[str, str]]:
         speedup = head["theoretical_speedup"]
         cards.append(_card("Theoretical speedup S", f"{speedup:.2f}", f"of at most n = {head['num_stages']}"))
     elif "val/acceptance" in last:
-        cards.append(_card("Acceptance p", f"{last['val/acceptance']:.3f}", "last validation; not finished"))
+        cards.append(_card("Acceptance p", f"{last['val/acceptance']:.3f}", f"last validation; {run.record['status']}"))
         cards.append(_card("Theoretical speedup S", f"{last['val/theoretical_speedup']:.2f}", "last validation"))
     if "val/wall_clock_speedup" in last:
         wall = f"{last['val/wall_clock_speedup']:.2f} ×"
@@ -277,7 +288,8 @@ def _bench(record: Mapping[str, Any]) -> dict[str, Any]:
                 "wall": "–" if row.get("wall_clock_speedup") is None else f"{row['wall_clock_speedup']:.2f}",
             }
         )
-    return {"rows": rows, "quality": record.get("quality", True)}
+    head = record["head"]
+    return {"rows": rows, "head": f"{head['name']}, {head['digest'][:12]}", "quality": record.get("quality", True)}
 
 
 def _samples(run: Run) -> list[dict[str, Any]]:
@@ -328,7 +340,7 @@ def _compared(runs: Sequence[Run]) -> dict[str, Any]:
 
     names = _distinct([run.name for run in runs])
     metrics = {name: run.directory / "metrics.jsonl" for name, run in zip(names, runs, strict=True)}
-    rows = [{card["name"]: card["value"] for card in _cards(run)} for run in runs]
+    rows = [{card["name"]: f"{card['value']} ({card['note']})" for card in _cards(run)} for run in runs]
     return {
         "names": names,
         "rows": dict(zip(names, rows, strict=True)),

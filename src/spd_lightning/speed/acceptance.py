@@ -18,8 +18,8 @@ class Acceptance:
     """Acceptance by fill of some numbers of stages, and what is assumed for the others.
 
     Attributes:
-        known: n -> acceptance of drafts made with 1, 2, ..., n tokens in flight; one entry: constant. Under None: of
-            every n.
+        known: n -> acceptance of drafts made with 1, 2, ..., n tokens in flight. Under None: of every n; the last
+            entry holds for all fuller pipelines.
         origin: where it comes from, for people.
     """
 
@@ -55,7 +55,10 @@ def given(words: Sequence[str], flag: str = "--acceptance") -> Acceptance:
         n = int(found[1]) if found and found[1] else None
         if found is None or n in known or (n is not None and n < 2):
             raise InputError(f"{flag} {word}: expected shares of accepted drafts such as 0.8, or 4:0.83 8:0.81 per n.")
-        known[n] = tuple(float(part) for part in found[2].split(","))
+        shares = tuple(float(part) for part in found[2].split(","))
+        if n is not None and len(shares) > n:
+            raise InputError(f"{flag} {word}: {len(shares)} shares, but no more than {n} tokens are in flight.")
+        known[n] = shares if n is None else shares + shares[-1:] * (n - len(shares))
     if None in known and len(known) > 1:
         raise InputError(f"{flag} {' '.join(words)}: expected one share for every n, or n:share for each word.")
     return Acceptance(known, "given")

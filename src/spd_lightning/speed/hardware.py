@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from spd_lightning.errors import InputError
-from spd_lightning.files import write_whole
+from spd_lightning.files import recipe_folder, write_whole
 
 FORMAT = "spd-hardware/1"
 
@@ -79,13 +79,17 @@ class HardwareProfile:
     measured: bool
     made: Mapping[str, Any] = field(default_factory=dict)
 
-    def check_fits(self, num_layers: int, named: str) -> None:
-        """Refuse a target of another depth; `named`: the flag or field that named this profile."""
-        if num_layers != len(self.layers):
-            raise InputError(
-                f"{named} is a profile of {self.target} with {len(self.layers)} layers, but the target has "
-                f"{num_layers}. Make one with spd-lightning profile --target."
-            )
+    def check_fits(self, num_layers: int, vocabulary: int, named: str) -> None:
+        """Refuse a target of another depth or vocabulary; `named`: the flag or field that named this profile."""
+        for what, theirs, ours in (
+            ("layers", len(self.layers), num_layers),
+            ("token ids", self.vocabulary, vocabulary),
+        ):
+            if theirs != ours:
+                raise InputError(
+                    f"{named} is a profile of {self.target} with {theirs} {what}, but the target has {ours}. Make one "
+                    "with spd-lightning profile --target."
+                )
 
     def write(self, path: Path, flag: str = "--output") -> None:
         content = {"format": FORMAT, "unit": "milliseconds", **asdict(self)}
@@ -122,12 +126,7 @@ def read_profile(name: str, named: str) -> HardwareProfile:
 
 def profile_files() -> dict[str, Path]:
     """Profiles that come with the recipes, by name."""
-    from spd_lightning.commands.fit import recipe_folder
-
-    return {
-        path.stem: path
-        for path in sorted((recipe_folder(Path(__file__).resolve().parents[1]) / "hardware").glob("*.json"))
-    }
+    return {path.stem: path for path in sorted((recipe_folder() / "hardware").glob("*.json"))}
 
 
 def _profile(content: Mapping[str, Any]) -> HardwareProfile:

@@ -33,7 +33,7 @@ from spd_lightning.staircase import Staircase, default_anchors, even_stage_layer
 from spd_lightning.target.balance import CONTEXT, measure
 from spd_lightning.target.target import Target
 
-#: Cached tokens behind which everything is timed, tokens of a timed generation, and measurements of a layer.
+#: Tokens of a timed generation, and measurements of a layer.
 TOKENS, REPEATS = 48, 24
 #: Tokens of a generation in which a head's drafts are timed.
 DRAFTS = 32

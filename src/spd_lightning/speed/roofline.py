@@ -13,6 +13,9 @@ from spd_lightning.provenance import provenance
 from spd_lightning.speed.hardware import HardwareProfile, HeadCosts, LinkCosts
 from spd_lightning.target.sizes import active_stage_parameters, head_parameters
 
+#: Bytes of a weight, by the types that a profile is computed for.
+WEIGHT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -37,18 +40,18 @@ class Machine:
         return 1e3 * parameters * weight_bytes / (self.bandwidth * self.achieved) + launches * self.launch_ms
 
 
-def roofline(config: Any, name: str, machine: Machine, weight_bytes: int) -> HardwareProfile:
+def roofline(config: Any, name: str, machine: Machine, dtype: str) -> HardwareProfile:
     """The profile of a target that `config` describes; no weight is read.
 
     Args:
         config: a Hugging Face configuration.
         name: the target's id or folder.
-        weight_bytes: of target and head.
+        dtype: of target and head, one of `WEIGHT_BYTES`.
     """
     from spd_lightning.head.loading import head_config
     from spd_lightning.target.sizes import weightless_target
 
-    text = config.get_text_config()
+    text, weight_bytes = config.get_text_config(), WEIGHT_BYTES[dtype]
     L, H = text.num_hidden_layers, text.hidden_size
     sizes = active_stage_parameters(config, (1,) * L)
     layers = tuple(machine.ms(count, weight_bytes, 1) for count in sizes.stages)
@@ -57,7 +60,7 @@ def roofline(config: Any, name: str, machine: Machine, weight_bytes: int) -> Har
     return HardwareProfile(
         target=name,
         device=machine.name,
-        dtype={2: "bfloat16", 4: "float32"}[weight_bytes],
+        dtype=dtype,
         plain=sum(layers) + verification,
         embedding=0.0,
         layers=layers,

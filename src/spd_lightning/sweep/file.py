@@ -21,6 +21,8 @@ _KEYS = {
     "program", "command", "method", "metric", "parameters", "early_terminate", "run_cap", "name", "description",
     "project", "entity",
 }  # fmt: skip
+_EARLY = {"type", "min_iter", "eta"}
+_PARAMETER = {"value", "values", "min", "max", "distribution", "q"}
 _DEFAULT_COMMAND = ("${env}", "${interpreter}", "${program}", "${args}")
 _METHODS = ("bayes", "random", "grid")
 
@@ -89,6 +91,8 @@ def read_sweep(path: Path) -> SweepFile:
         raise InputError(f"{path} cannot be read: {error.strerror}.") from error
     except yaml.YAMLError as error:
         raise InputError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is no text file (UTF-8): {error}.") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected a sweep with method, metric and parameters.")
     if unknown := set(content) - _KEYS:
@@ -107,6 +111,8 @@ def read_sweep(path: Path) -> SweepFile:
     early = content.get("early_terminate")
     if early is not None and (not isinstance(early, dict) or early.get("type") != "hyperband"):
         raise InputError(f"{path}: early_terminate: expected type hyperband, found {early!r}.")
+    if early is not None:
+        _only(f"{path}: early_terminate", early, _EARLY)
     return SweepFile(
         path=path,
         name=str(content.get("name") or path.stem),
@@ -128,6 +134,7 @@ def _parameter(path: Path, name: str, content: Any) -> Parameter:
         raise InputError(f"{where}: expected value, values or min and max, found {content!r}.")
     if "parameters" in content:
         raise InputError(f"{where}: nested parameters reach a command as one dict: write the field with dots instead.")
+    _only(where, content, _PARAMETER)
     if "value" in content:
         return Parameter(values=(content["value"],))
     kind = content.get("distribution")
@@ -148,13 +155,23 @@ def _parameter(path: Path, name: str, content: Any) -> Parameter:
         )
     if kind == "log_uniform_values" and low <= 0:
         raise InputError(f"{where}.min={low}: a logarithm needs more than 0.")
+    step = content.get("q", 1.0)
+    if isinstance(step, bool) or not isinstance(step, (int, float)) or step <= 0:
+        raise InputError(f"{where}.q={step!r}: expected a number above 0.")
+    if kind == "q_uniform" and abs(low / step - round(low / step)) > 1e-9:  # there: multiples of q; here: min + k q
+        raise InputError(f"{where}.min={low}: expected a multiple of q={step}.")
     return Parameter(
         low=low,
         high=high,
         log=kind == "log_uniform_values",
-        step=1 if kind == "int_uniform" else content.get("q", 1.0) if kind == "q_uniform" else None,
+        step=1 if kind == "int_uniform" else step if kind == "q_uniform" else None,
         integer=kind == "int_uniform",
     )
+
+
+def _only(where: str, content: Mapping[str, Any], known: set[str]) -> None:
+    if unknown := set(content) - known:
+        raise InputError(f"{where}: {sorted(map(str, unknown))[0]} is not known here: {sorted(known)}.")
 
 
 def _choice(path: Path, name: str, value: Any, known: Sequence[str]) -> str:

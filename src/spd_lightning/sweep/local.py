@@ -1,19 +1,22 @@
 """A sweep without a server: Optuna chooses, the sweep's own command runs, metrics.jsonl says how it goes.
 
 The study is an SQLite file, every trial a run directory. What is killed, the sweep or a trial, goes on where it was:
-a trial resumes from its newest state, and its values so far are read again from its own metrics.
+a trial resumes from its newest state, and its values so far are read again from its own metrics. A trial that is killed
+twice has failed.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -23,6 +26,11 @@ from spd_lightning.errors import InputError
 from spd_lightning.files import write_whole
 from spd_lightning.processes import OWNER
 from spd_lightning.sweep.file import Parameter, SweepFile
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
 
 STUDY, TRIALS = "study.db", "trials"
 #: A sweep whose first trials all fail is wrong itself.
@@ -34,7 +42,7 @@ class Outcome:
     """How a trial ended: complete, pruned or failed.
 
     Attributes:
-        value: the best of the metric; None if it never came.
+        value: the last of the metric, which is also what W&B optimises; None if it never came.
         why: the last line of a trial that failed.
     """
 
@@ -118,15 +126,19 @@ class LocalSweep:
             tick: told the number of a trial that runs, and what it has reached.
 
         Raises:
-            InputError: the first trials all failed.
+            InputError: three trials in a row failed, or another sweep runs in this folder.
         """
+        with _locked(self.folder / ".lock"):
+            self._run(count, say, tick)
+
+    def _run(self, count: int | None, say: Callable[[str], None], tick: Callable[[int, str], None]) -> None:
         states = self._optuna.trial.TrialState
+        failures: list[str] = []  # in a row, of this call: what was wrong before may have been mended
         left = [trial for trial in self.trials if trial.state == states.RUNNING]  # by a sweep that was killed
         while True:
             ended = [trial for trial in self.trials if trial.state.is_finished()]
-            failed = [trial for trial in ended if trial.state == states.FAIL]
-            if len(failed) == len(ended) >= HOPELESS:
-                raise InputError(f"all of the first {HOPELESS} trials failed; the last: {failed[-1].user_attrs['why']}")
+            if len(failures) >= HOPELESS:
+                raise InputError(f"{HOPELESS} trials in a row failed; the last: {failures[-1]}")
             if count is not None and len(ended) >= count:
                 return
             if self._exhausted() and not left:
@@ -134,10 +146,11 @@ class LocalSweep:
             trial = self._optuna.trial.Trial(self.study, left.pop(0)._trial_id) if left else self.study.ask()
             values = {name: self._value(trial, name, p) for name, p in self.sweep.parameters.items()}
             outcome = self._run_trial(trial, values, tick)
+            failures = [*failures, outcome.why] if outcome.state == "failed" else []
             state = {"complete": states.COMPLETE, "pruned": states.PRUNED, "failed": states.FAIL}[outcome.state]
             trial.set_user_attr("values", values)
             trial.set_user_attr("why", outcome.why)
-            trial.set_user_attr("best", outcome.value)
+            trial.set_user_attr("value", outcome.value)
             self.study.tell(trial.number, outcome.value if outcome.state == "complete" else None, state)
             reached = "-" if outcome.value is None else f"{outcome.value:.4g}"
             say(f"trial {trial.number}: {outcome.state}, {self.sweep.metric} {reached} {outcome.why}".rstrip())
@@ -158,6 +171,21 @@ class LocalSweep:
         return trial.suggest_float(name, parameter.low, parameter.high, log=parameter.log, step=step)
 
     def _run_trial(self, trial: Any, values: Mapping[str, Any], tick: Callable[[int, str], None]) -> Outcome:
+        """A trial to its end; one that was killed goes on once."""
+        began = time.monotonic()
+        before = trial.user_attrs.get("seconds", 0.0)
+
+        def timed(number: int, reached: str) -> None:
+            trial.set_user_attr("seconds", before + time.monotonic() - began)  # a killed sweep's part counts
+            tick(number, reached)
+
+        outcome = self._run_once(trial, values, timed)
+        if outcome.state == "killed":
+            outcome = self._run_once(trial, values, timed)
+        trial.set_user_attr("seconds", before + time.monotonic() - began)
+        return Outcome("failed", None, outcome.why) if outcome.state == "killed" else outcome
+
+    def _run_once(self, trial: Any, values: Mapping[str, Any], tick: Callable[[int, str], None]) -> Outcome:
         folder = self.folder / TRIALS / f"{trial.number:03d}"
         folder.mkdir(parents=True, exist_ok=True)
         words = self.sweep.render(values)
@@ -179,10 +207,10 @@ class LocalSweep:
                         trial.report(value, step)
                     if len(found) > reported:
                         reported = len(found)
-                        tick(trial.number, f"{self.sweep.metric} {self._best(found):.4g}")
+                        tick(trial.number, f"{self.sweep.metric} {found[-1]:.4g}")
                         if code is None and self.sweep.min_iter is not None and trial.should_prune():
                             _end(process)
-                            return Outcome("pruned", self._best(found))
+                            return Outcome("pruned", found[-1])
                     if code is not None:
                         break
                     time.sleep(0.2)
@@ -191,13 +219,13 @@ class LocalSweep:
                 raise
         found = logged(folder / "run" / "metrics.jsonl", self.sweep.metric)
         if code:
-            return Outcome("failed", None, _last_line(folder / "output.txt") or f"exit status {code}")
+            state = "killed" if code < 0 or code > 128 else "failed"  # by a signal, told by itself or by a shell
+            return Outcome(state, None, _last_line(folder / "output.txt") or f"exit status {code}")
         if not found:
             return Outcome("failed", None, f"it never logged {self.sweep.metric}")
-        return Outcome("complete", self._best(found))
-
-    def _best(self, values: list[float]) -> float:
-        return max(values) if self.sweep.maximise else min(values)
+        if not math.isfinite(found[-1]):
+            return Outcome("failed", None, f"{self.sweep.metric} ended as {found[-1]}")
+        return Outcome("complete", found[-1])
 
     # -- results -------------------------------------------------------------------------------------------------------
 
@@ -206,15 +234,14 @@ class LocalSweep:
         rows = []
         for trial in self.trials:
             if trial.state.is_finished():
-                value = trial.user_attrs.get("best")
-                seconds = (trial.datetime_complete - trial.datetime_start).total_seconds()
+                value = trial.user_attrs.get("value")
                 rows.append(
                     {
                         "trial": trial.number,
                         "state": trial.state.name.lower().replace("fail", "failed"),
                         "value": value,
                         "parameters": trial.user_attrs.get("values", {}),
-                        "seconds": round(seconds, 1),
+                        "seconds": round(trial.user_attrs.get("seconds", 0.0), 1),
                         "run": f"{TRIALS}/{trial.number:03d}/run",
                     }
                 )
@@ -232,6 +259,20 @@ class LocalSweep:
         return {name: float(share) for name, share in found.items()}
 
 
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a file that no other process holds; the system lets go of it however this one ends."""
+    with path.open("w") as stream:
+        if fcntl is not None:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise InputError(
+                    f"--output {path.parent}: another sweep runs in this folder. Let it end, or give another folder."
+                ) from error
+        yield
+
+
 def _described(sweep: SweepFile) -> dict[str, Any]:
     """What must stay the same for trials to be comparable."""
     fields = {
@@ -239,6 +280,7 @@ def _described(sweep: SweepFile) -> dict[str, Any]:
         "command": [sweep.program, *sweep.command],
         "parameters": {name: vars(p) for name, p in sweep.parameters.items()},
         "method": sweep.method,
+        "name": sweep.name,
     }
     return dict(json.loads(json.dumps(fields)))
 

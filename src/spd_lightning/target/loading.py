@@ -235,12 +235,14 @@ def check_target(
     path_or_id: str | Path,
     loading: Loading | None = None,
     named: Naming = "loading.{}".format,
+    needs_weights: bool = True,
 ) -> PretrainedConfig:
     """The target's configuration, refused where it cannot be a target; reads no weight.
 
     Args:
         path_or_id, loading: as in `load_target`.
         named: how the user wrote a field of `loading`, for messages.
+        needs_weights: refuse a folder without weights.
 
     Raises:
         InputError: for a missing or damaged folder, an unsupported family, or a way of loading that cannot work here.
@@ -250,13 +252,19 @@ def check_target(
     loading = loading or Loading()
     loading.check(named)
     source = _source(path_or_id)
-    _check_folder(source)
+    _check_folder(source, needs_weights)
     if loading.revision is not None and Path(source).is_dir():
         warnings.warn(f"{named('revision')}={loading.revision!r} is not used: a folder has no revisions.", stacklevel=2)
     try:
         config = AutoConfig.from_pretrained(source, **loading.source)
     except Exception as error:  # a field of a wrong type raises an error class of huggingface_hub's own
-        raise InputError(f"target={str(path_or_id)!r} has no readable config.json: {first_line(error)}") from error
+        if Path(source).is_dir():
+            raise InputError(f"target={str(path_or_id)!r} has no readable config.json: {first_line(error)}") from error
+        raise InputError(
+            f"target={str(path_or_id)!r} is no folder here, and the hub did not give its config.json: "
+            f"{first_line(error)} Give a folder that holds a model, 'tiny', or the id of a model that this machine can "
+            "fetch or has in its cache."
+        ) from error
     if reason := unsupported_reason(config):
         raise InputError(f"target={str(path_or_id)!r} cannot be a target: {reason}.")
     if loading.attention != "auto":
@@ -319,7 +327,7 @@ def _source(path_or_id: str | Path) -> str | Path:
     return embedded_target_path() if str(path_or_id) == "tiny" else path_or_id
 
 
-def _check_folder(source: str | Path) -> None:
+def _check_folder(source: str | Path, needs_weights: bool = True) -> None:
     """A local path that exists must look like a model folder; anything else is left to the hub."""
     path = Path(source)
     if path.is_dir():
@@ -330,7 +338,7 @@ def _check_folder(source: str | Path) -> None:
             json.loads(config.read_text())
         except ValueError as error:
             raise InputError(f"{config} is not valid JSON ({error}): the file is truncated or damaged.") from error
-        if not list(path.glob("*.safetensors")) and not list(path.glob("*.bin")):
+        if needs_weights and not list(path.glob("*.safetensors")) and not list(path.glob("*.bin")):
             raise InputError(f"target={str(path)!r} has no weights: expected model.safetensors in the folder.")
     elif path.exists():
         raise InputError(f"target={str(path)!r} is a file: expected a model folder or a hub id.")

@@ -16,7 +16,7 @@ run_dir/
 from __future__ import annotations
 
 import json
-import resource
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -40,12 +40,13 @@ from spd_lightning.decoding.evaluation import (
 )
 from spd_lightning.decoding.generation import Generation
 from spd_lightning.decoding.sampling import Sampling
-from spd_lightning.errors import BrokenInvariantError, InputError
+from spd_lightning.errors import BrokenInvariantError, InputError, first_line
 from spd_lightning.files import write_whole
 from spd_lightning.head.checkpoint import read_checkpoint
 from spd_lightning.head.config import HeadConfig
 from spd_lightning.head.folder import save_head
 from spd_lightning.head.loading import find_head, load_head, read_source
+from spd_lightning.memory.resident import resident
 from spd_lightning.provenance import commit, versions
 from spd_lightning.speed.model import design_of, seconds_of
 from spd_lightning.staircase import Staircase
@@ -128,9 +129,8 @@ def fit(cli: Any) -> Path:
             seen = max(_validation_decoding(trainer).prompts, data.validation_samples)  # by validations
             _check_data(module, data, _validation_decoding(trainer), final, seen)
         tracker = Tracker(tracking, directory, record.tracking.get("wandb", {}).get("id"), trainer.is_global_zero)
-        record.tracking = tracker.begin(
-            record.config, {"commit": commit(), "versions": versions(), "data": record.data}
-        )
+        about = {"commit": commit(), "versions": versions(), "data": record.data}
+        record.tracking |= tracker.begin(record.config, about)  # a part without W&B forgets no W&B run
         record.save()
         if tracker.where:
             print(tracker.where, flush=True)
@@ -152,21 +152,25 @@ def fit(cli: Any) -> Path:
         record.results["peak_memory_bytes"] = peak_memory(trainer.strategy.root_device)
         record.status = "finished"
         record.save()
-        if trainer.is_global_zero:
-            tracker.end(json.loads((directory / "run.json").read_text(encoding="utf-8")))
-        tracker.close("finished")
     except BaseException as error:
         how = "stopped" if isinstance(error, StoppedError) else "failed"
         record.fail(error, how)
         if tracker is not None:
             tracker.close(how)
         raise
+    assert tracker is not None
     if trainer.is_global_zero:
         from spd_lightning.report.html import write_report
         from spd_lightning.report.summary import print_summary
 
+        content = json.loads((directory / "run.json").read_text(encoding="utf-8"))
         write_report([directory], directory / "report.html")
-        print_summary(json.loads((directory / "run.json").read_text()), directory, staircase.num_stages)
+        print_summary(content, directory, staircase.num_stages)
+        try:
+            tracker.end(content)
+        except Exception as error:  # the run is finished and its files are complete, whatever W&B's service does
+            print(f"W&B was not told the results: {first_line(error)}", file=sys.stderr)
+    tracker.close("finished")
     return directory
 
 
@@ -221,7 +225,10 @@ def _prepare(cli: Any, header: Header | None, resumes: bool = True) -> Staircase
     decoding = _validation_decoding(trainer)
     decoding.schedule(trainer)
     if decoding.profile is not None:
-        decoding.profile.check_fits(staircase.num_layers, f"decoding.hardware={decoding.hardware!r}")
+        config = check_target(module.settings.target, module.loading).get_text_config()
+        decoding.profile.check_fits(
+            config.num_hidden_layers, config.vocab_size, f"decoding.hardware={decoding.hardware!r}"
+        )
     return staircase
 
 
@@ -411,7 +418,7 @@ def peak_memory(device: torch.device) -> int:
     """Bytes that this process held at most: of the GPU where there is one, else resident."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return resident()
 
 
 def acceptance_by_position(generations: Sequence[Generation], width: int = 8) -> list[dict[str, float]]:

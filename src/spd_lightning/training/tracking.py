@@ -21,19 +21,19 @@ from spd_lightning.errors import InputError
 from spd_lightning.report.generations import as_html
 
 Mode = Literal["online", "offline", "disabled"]
-#: What a metric's summary keeps, and what docs/tracking.md says of it. None: its last value, a plain number, because a
-#: sweep optimises the summary of its metric and could not read one of several values.
-SUMMARIES: dict[str, tuple[str | None, str]] = {
-    "train/loss": ("min", "KL divergence of the draft's law from the target's, in nats; what is minimised"),
-    "val/acceptance": ("max", "p: accepted over verified drafts when the real decoder runs on held-out prompts"),
-    "val/theoretical_speedup": (None, "S: tokens per full pass of the target, in cycles"),
-    "val/predicted_tokens_per_second": (None, "what the profile of decoding.hardware makes of these verdicts"),
-    "val/predicted_speedup": (None, "the same over plain decoding on one rank's hardware"),
-    "val/wall_clock_speedup": ("max", "measured over plain decoding on one rank; only with a rank per stage"),
-    "val/lossless": ("min", "1 while every greedy output equals plain decoding token for token"),
-    "val/drift": ("max", "verdicts that the training view scores differently; 0 or the run fails"),
-    "val/teacher_forced_kl": ("min", "the loss on held-out text"),
-    "val/teacher_forced_top1": ("max", "agreement of the best tokens on held-out text"),
+#: What a metric's summary keeps (docs/tracking.md says what each of them is). None: its last value, a plain number,
+#: because a sweep optimises the summary of its metric and could not read one of several values.
+SUMMARIES: dict[str, str | None] = {
+    "train/loss": "min",
+    "val/acceptance": "max",
+    "val/theoretical_speedup": None,
+    "val/predicted_tokens_per_second": None,
+    "val/predicted_speedup": None,
+    "val/wall_clock_speedup": "max",
+    "val/lossless": "min",
+    "val/drift": "max",
+    "val/teacher_forced_kl": "min",
+    "val/teacher_forced_top1": "max",
 }
 
 
@@ -50,7 +50,7 @@ class Tracking:
         group: of runs that belong together.
         tags: words to filter by.
         tensorboard: write run_dir/tensorboard, for `tensorboard --logdir`.
-        csv: write run_dir/csv/metrics.csv.
+        csv: write run_dir/csv/version_0/metrics.csv; a part that was resumed begins version_1, and so on.
         samples: generations of the final decoding that are kept token by token, for W&B and the report.
         upload_head: the best head as an artifact, with the target and data it comes from.
     """
@@ -134,7 +134,7 @@ class Tracker:
         if tracking.tensorboard:
             self.loggers.append(TensorBoardLogger(directory, name="tensorboard", version=""))
         if tracking.csv:
-            self.loggers.append(CSVLogger(directory, name="csv", version=""))
+            self.loggers.append(CSVLogger(directory, name="csv"))
 
     def _open(self, run_id: str | None) -> Any:
         """W&B's run of this directory, or the one a sweep's agent has chosen."""
@@ -187,7 +187,7 @@ class Tracker:
             return {}
         # names of a sweep's parameters are dotted keys; the same configuration, nested, stands beside them
         run.config.update({**config, "provenance": dict(about)}, allow_val_change=True)
-        for name, (summary, _) in SUMMARIES.items():
+        for name, summary in SUMMARIES.items():
             run.define_metric(name, step_metric="trainer/global_step", summary=summary and f"{summary},last")
         run.define_metric("tokens", summary="max")
         return {"wandb": {"id": run.id, "project": run.project, "mode": self.tracking.mode}}
