@@ -146,10 +146,19 @@ class SpdDecoder:
         return _Run(self.target, self.drafter, prompt, max_new_tokens, verdicts)
 
 
+class Clock(Protocol):
+    """What a generation has to tell of its schedule."""
+
+    cycle: int
+    restart_positions: list[int]
+
+
 class Run(Protocol):
     """One generation on one engine: `generate` decides when it is over."""
 
-    schedule: PipelineSchedule
+    @property
+    def schedule(self) -> Clock:
+        """Known after prefill."""
 
     def prefill(self) -> int:
         """Prompt through target and head; returns the first token, which is the target's own."""
