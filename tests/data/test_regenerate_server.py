@@ -408,6 +408,7 @@ def test_a_missing_package_is_one_line(command, monkeypatch, capsys):
 # -- kills -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_kills_at_random_points_lose_nothing_and_repeat_nothing(stub, tmp_path, write_lines):
     draw, kills = random.Random(5), 20
     given = [{"id": f"c{n}"} | chat(f"q{n}", *([f"then{n}"] if n % 3 == 0 else [])) for n in range(160)]

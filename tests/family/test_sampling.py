@@ -35,8 +35,8 @@ SMALL_WINDOW = 3
 # family, drafter, settings
 QUICK = [
     ("qwen3_5_text", "far", "warm"),
-    ("gemma3_text", "far", "plain"),
-    ("qwen3_moe", "far", "top-k and top-p"),
+    pytest.param("gemma3_text", "far", "plain", marks=pytest.mark.slow),
+    pytest.param("qwen3_moe", "far", "top-k and top-p", marks=pytest.mark.slow),
 ]
 LONG = [
     ("qwen3_5_text", "far", "plain"),

@@ -129,8 +129,14 @@ def test_a_broken_verification_is_not_certified(
     assert made.summary.startswith("NOT LOSSLESS")
 
 
-@pytest.mark.parametrize("side", ["head", "target"])
-@pytest.mark.parametrize("what", ["top_p", "temperature"])
+@pytest.mark.parametrize(
+    ("what", "side"),
+    [
+        ("top_p", "target"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("top_p", "head"), ("temperature", "target"))),
+        pytest.param("temperature", "head", marks=pytest.mark.slow),
+    ],
+)
 def test_a_warping_that_one_side_forgets_is_not_certified(
     make_target: Callable[..., Target], monkeypatch: pytest.MonkeyPatch, side: str, what: str
 ) -> None:

@@ -173,7 +173,7 @@ QUICK = [
     ("far", "plain", 2),
     ("equal", "top-p", 3),
     ("head with draft vocabulary", "warm", 2),
-    ("head", "top-k and top-p", 2),
+    pytest.param("head", "top-k and top-p", 2, marks=pytest.mark.slow),
 ]
 LONG = [
     ("far", "plain", 3),

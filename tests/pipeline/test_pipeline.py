@@ -52,7 +52,7 @@ def check(cases: list[dict[str, Any]]) -> None:
             assert case["phases"] == list(range(1, case["n"] + 1)), case
 
 
-@pytest.mark.parametrize(("world", "count"), [(3, 5), (5, 2)])
+@pytest.mark.parametrize(("world", "count"), [(3, 5), pytest.param(5, 2, marks=pytest.mark.slow)])
 def test_ranks_decode_token_for_token_what_one_process_does(world: int, count: int) -> None:
     check(decode_cases(world, 0, count))
 

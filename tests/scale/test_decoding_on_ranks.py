@@ -100,6 +100,7 @@ def test_a_run_that_is_stopped_after_a_validation_ends_by_itself(two: tuple[Path
     assert output.count("EXIT 0\n") == 2, output[-3000:]
 
 
+@pytest.mark.slow
 def test_a_third_rank_has_the_head_alone_and_its_slack_is_logged(go: Go, alone: Path, tmp_path: Path) -> None:
     done = go(tmp_path, [Case("three", fields(3, "ddp"))], ranks=3)
     assert done.returned == {"three": 0}, done.output

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 from scale_runs import logged
 
 from spd_lightning.training.saving import newest_complete
@@ -47,6 +48,7 @@ def fit(base: dict[str, Any], **fields: Any) -> list[str]:
     return ["fit", "--config", "tiny", *(f"--{name.replace('__', '.')}={value}" for name, value in merged.items())]
 
 
+@pytest.mark.slow
 def test_torchrun_on_two_nodes_is_one_run_in_one_directory(base_fields: dict[str, Any], tmp_path: Path) -> None:
     fields = {"trainer__max_steps": 4, "trainer__devices": 1, "trainer__num_nodes": 2, "run_dir": tmp_path / "run"}
     (tmp_path / "run").mkdir()
@@ -76,6 +78,7 @@ def test_torchrun_on_two_nodes_is_one_run_in_one_directory(base_fields: dict[str
     assert "Run directory" in said[0] and "Run directory" not in said[1]
 
 
+@pytest.mark.slow
 def test_slurm_warns_of_the_time_limit_and_the_run_saves_ends_and_is_requeued(
     base_fields: dict[str, Any], tmp_path: Path
 ) -> None:

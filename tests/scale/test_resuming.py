@@ -17,8 +17,9 @@ Go = Callable[..., Done]
 STEPS, STOP, STOPPED = 10, 5, 128 + 15
 RUNS = some_strategies("single", default=["deepspeed_stage_3"])
 CROSSINGS = [
-    "deepspeed_stage_3-by-one", "single-by-deepspeed_stage_3",
-    *also(*(f"{s}-by-one" for s in STRATEGIES[:3]), *(f"single-by-{s}" for s in STRATEGIES[:3])),
+    "single-by-deepspeed_stage_3",
+    *also("deepspeed_stage_3-by-one", *(f"{s}-by-one" for s in STRATEGIES[:3])),
+    *also(*(f"single-by-{s}" for s in STRATEGIES[:3])),
     *also("deepspeed_stage_3-by-deepspeed_stage_2", "deepspeed_stage_1-by-deepspeed_stage_3"),
     *also("deepspeed_stage_2-by-ddp"),
 ]  # fmt: skip

@@ -227,6 +227,7 @@ def test_wrong_flags_of_profile_are_one_line(
     assert says in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_profile_measures_this_machine_on_two_ranks(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "here.json"
     assert cli.main(["profile", "--target", "tiny", "--workers", "2", "--output", str(out)]) == 0

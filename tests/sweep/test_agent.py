@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 AGENT = """
 import json, os, sys, time
 import wandb
@@ -76,6 +78,7 @@ def fields(tmp_path: Path, name: str, model: Path, files: dict[str, str], **chan
     } | changes  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_agent_runs_two_trials_whose_metric_reaches_their_wandb_runs(
     tmp_path: Path, model_folder: Path, data_files: dict[str, str]
 ) -> None:

@@ -90,6 +90,7 @@ def test_a_head_of_the_targets_kind_is_trained_and_loads(
     assert head.config.intermediate_size == 24 and not hasattr(head.layers[0].self_attn, "q_norm")
 
 
+@pytest.mark.slow
 def test_training_on_a_target_that_is_partly_on_disk_gives_the_same_head(
     fit: Callable[..., None], tmp_path: Path
 ) -> None:
