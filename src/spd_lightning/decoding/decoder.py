@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Container, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -269,10 +269,14 @@ def autoregressive_generate(
     eos_token_id: int | Iterable[int] | None = None,
     observer: Observer | None = None,
     stop: Stop | None = None,
+    coupled: bool = False,
 ) -> Generation:
-    """The baseline: one token per full target pass, through the same layers, cache and sampling as `SpdDecoder`."""
+    """The baseline: one token per full target pass, through the same layers, cache and sampling as `SpdDecoder`.
+
+    `coupled`: the same draws as of a draft tree, see `Sampling`.
+    """
     prompt = checked_prompt(target, input_ids, max_new_tokens)
-    verdicts = Verdicts(None, _sampling(temperature, top_k, top_p, seed))
+    verdicts = Verdicts(None, replace(_sampling(temperature, top_k, top_p, seed), coupled=coupled))
     ends = target.end_of_sequence_ids(eos_token_id)
     began = time.perf_counter()
     capacity = len(prompt) + max_new_tokens

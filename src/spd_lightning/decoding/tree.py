@@ -7,8 +7,9 @@ cache). When a node leaves the last stage the target's token is known: the child
 descendants, everything else dies. If no child does, it is a restart.
 
 Lossless: the target chooses its token by itself, by argmax or by a draw of its own, and the tree only says whether that
-token is in flight already. What enters depends on no such draw. So the output is token for token that of plain
-decoding with the same seed, at any temperature.
+token is in flight already. So the output is token for token that of plain decoding with the same draws, whatever is
+drafted. Under sampling the draws are coupled: a position has Gumbel noise of its own, the target's token is the best of
+log P + noise, and the likeliest candidates for it are the best of log Q + noise (`Sampling.scores`).
 
 A path through the tree is a sequence with entry cycles that grow along it, so the staircase rule holds for it as it
 stands: a node's rows see its ancestors' rows, whatever gap lies between a parent's entry and a child's.
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import torch
@@ -41,15 +42,14 @@ class Tree:
     """How a draft tree grows.
 
     A continuation's value is log(chance that its path is the target's) + log(cycles it then saves). The chance is the
-    product along the path of softmax(sharpness x draft logits): the law of the target's CHOICE given the draft's, not
-    the draft itself. Under greedy decoding the likeliest token is the target's far more often than its probability
-    says, so confident branches of wrong tokens would crowd out the right one with a sharpness of 1. A child that enters
-    g cycles after its parent saves n - g of the n cycles of a restart.
+    product along the path of softmax(sharpness x scores of the draft): the law of the target's CHOICE given the draft's
+    scores, not the draft itself. Under greedy decoding the likeliest token is the target's far more often than its
+    probability says, so with a sharpness of 1 confident branches of wrong tokens would crowd out the right one. A child
+    that enters g cycles after its parent saves n - g of the n cycles of a restart.
 
     Args:
         width: k, continuations that enter per cycle at most; 1: a chain, as without a tree.
-        sharpness: fitted to how often the target agrees, see `fitted_sharpness`; about 4 for greedy decoding, 1 at
-            temperature 1.
+        sharpness: fitted to how often the target agrees.
         late: whether an older node's second thoughts may enter too, beside the newest nodes' continuations.
     """
 
@@ -116,7 +116,8 @@ class TreeDecoder(SpdDecoder):
     ) -> _TreeRun:
         if verdicts.forced_acceptance is not None:
             raise InputError("forced_acceptance is a verdict on one draft: decode without a tree.")
-        return _TreeRun(self.target, self.drafter, self.head, self.tree, prompt, max_new_tokens, verdicts)
+        coupled = Verdicts(verdicts.draft_ids, replace(verdicts.sampling, coupled=True))
+        return _TreeRun(self.target, self.drafter, self.head, self.tree, prompt, max_new_tokens, coupled)
 
 
 @dataclass
@@ -235,11 +236,14 @@ class _TreeRun:
         )  # fmt: skip
         if not newest:
             return
-        laws = (self.tree.sharpness * self.head.logits(hidden).double()).log_softmax(-1)
-        best = laws.topk(min(self.tree.width, laws.shape[-1]), dim=-1)
-        for node, tokens, chances in zip(newest, best.indices.tolist(), best.values.tolist(), strict=True):
-            ids = [self.head.full_vocabulary_id(token) for token in tokens]
-            node.drafts = list(zip(ids, chances, strict=True))
+        for node, logits in zip(newest, self.head.logits(hidden), strict=True):
+            scores = self.verdicts.sampling.scores(logits, node.position + 1, self.verdicts.draft_ids)
+            best = (self.tree.sharpness * scores).log_softmax(-1).topk(min(self.tree.width, scores.numel()))
+            node.drafts = [
+                (self.head.full_vocabulary_id(token), chance)
+                for token, chance in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+                if chance > -math.inf
+            ]
 
     def _stage(self, stage: int, slot: _Slot) -> None:
         """The rows of a slot through one stage."""

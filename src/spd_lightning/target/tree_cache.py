@@ -38,7 +38,7 @@ class TreeCache(Cache):
 
     def __init__(self, layers: int, capacity: int) -> None:
         self.tree_layers = [TreeLayer(capacity) for _ in range(layers)]
-        super().__init__(layers=self.tree_layers)
+        super().__init__(layers=list(self.tree_layers))
 
     def write_to(self, places: Tensor | None) -> None:
         """Where the next tokens of every layer go: rows [R]; None: after what is there."""
