@@ -23,15 +23,18 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from spd_lightning.decoding.decoder import CycleEvent, SpdDecoder
 from spd_lightning.decoding.drafters import Drafter
+from spd_lightning.decoding.sampling import Sampling
 from spd_lightning.decoding.schedule import Cycle
 from spd_lightning.decoding.verdict import Verdicts
 from spd_lightning.errors import InputError
+from spd_lightning.head.loading import draft_logits
 from spd_lightning.head.module import SpeculationHead
 from spd_lightning.target.target import Target
 from spd_lightning.target.tree_cache import TreeCache
@@ -49,7 +52,7 @@ class Tree:
 
     Args:
         width: k, continuations that enter per cycle at most; 1: a chain, as without a tree.
-        sharpness: fitted to how often the target agrees.
+        sharpness: see `fitted_sharpness`.
         late: whether an older node's second thoughts may enter too, beside the newest nodes' continuations.
     """
 
@@ -332,3 +335,42 @@ class _TreeRun:
         anchors = hidden.new_empty(len(self.keep), len(nodes), self.target.hidden_size)
         anchors[0] = hidden[0]
         self.slots[self.schedule.cycle] = _Slot(list(nodes), hidden, anchors)
+
+
+def fitted_sharpness(
+    target: Target, head: SpeculationHead, prompts: Iterable[Sequence[int]], max_new_tokens: int = 64, **sampling: Any
+) -> float:
+    """The sharpness under which the target's choices are likeliest, given the drafts' scores for them.
+
+    A chain decodes the prompts; every verified position whose token is in the draft vocabulary counts. Prompts of its
+    own, please, not those that a tree is measured on.
+
+    Args:
+        sampling: temperature, top_k, top_p, seed of `SpdDecoder.generate`; the fit holds for them.
+    """
+    from scipy.optimize import minimize_scalar
+
+    decoder = TreeDecoder(target, head, Tree(width=1, late=False))
+    law = Sampling(**sampling)
+    ids = head.draft_token_ids
+    scores: list[Tensor] = []
+    chosen: list[int] = []
+    for prompt in prompts:
+        found = decoder.generate(prompt, max_new_tokens, **sampling)
+        whole = [*prompt, *found.token_ids]
+        logits = draft_logits(target, head, torch.tensor([whole], device=target.device), found.restart_positions)[0]
+        for position in range(len(prompt) + 1, len(whole)):
+            index = whole[position] if ids is None else int((ids == whole[position]).nonzero().sum())
+            if ids is None or int(ids[index]) == whole[position]:
+                scores.append(law.scores(logits[position - 1], position, ids))
+                chosen.append(index)
+    if not scores:
+        raise InputError("a tree's sharpness cannot be fitted: no prompt gave a token of the draft vocabulary.")
+    table, places = torch.stack(scores), torch.tensor(chosen)[:, None]
+    table = table - table.amax(-1, keepdim=True)
+
+    def surprise(log_sharpness: float) -> float:
+        laws = (math.exp(log_sharpness) * table).log_softmax(-1)
+        return -float(laws.gather(-1, places).clamp(min=-50).mean())  # outside of top-p: surprising, not infinite
+
+    return math.exp(minimize_scalar(surprise, bounds=(math.log(0.1), math.log(30.0)), method="bounded").x)

@@ -412,6 +412,9 @@ class SpdModule(L.LightningModule):
                 f"in this configuration{f' (also: {differing[1:]})' if differing[1:] else ''}. Resume with the "
                 "configuration of the run that wrote it."
             )
+        ours, theirs = self.settings.optimizer, checkpoint.get("hyper_parameters", {}).get("optimizer", "adamw")
+        if self._trainer is not None and ours != theirs:
+            raise InputError(f"model.optimizer={ours}: the checkpoint holds the state of {theirs}. Resume with that.")
         if "state_dict" in checkpoint:  # ZeRO has checked and loaded its own
             shapes = {name: tuple(tensor.shape) for name, tensor in checkpoint["state_dict"].items()}
             check_weights(shapes, self, "The checkpoint")
