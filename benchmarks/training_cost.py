@@ -50,7 +50,7 @@ from spd_lightning.head.layout import Rows, StaircaseLayout
 from spd_lightning.head.loading import new_head
 from spd_lightning.staircase import Staircase
 from spd_lightning.target.target import Target
-from spd_lightning.training.losses import chunked_draft_kl
+from spd_lightning.training.losses import chunked_draft_loss
 
 N_STAGES, LAYERS, HIDDEN, INTERMEDIATE, HEADS, HEAD_LAYERS = 8, 8, 128, 344, 4, 2
 ANCHORS = (0, 1, 3, 6, 7)
@@ -149,7 +149,7 @@ class Setting:
             layout = StaircaseLayout(STAIRCASE, random_entries(S))
             hidden = head.norm(head(states, layout, select=select))
         with record_function("phase: loss"):
-            loss, _ = chunked_draft_kl(
+            loss, _ = chunked_draft_loss(
                 hidden=hidden,
                 lm_head=head.lm_head.weight,
                 target_hidden=last[select],

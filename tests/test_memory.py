@@ -34,7 +34,7 @@ from spd_lightning.memory.ranks import PARTS, STRATEGIES, Job, Step, largest_bat
 from spd_lightning.memory.shapes import Arithmetic, Rows, expected_rows, shape_of_head, shape_of_target
 from spd_lightning.staircase import default_anchors
 from spd_lightning.target.target import Target
-from spd_lightning.training.losses import chunked_draft_kl
+from spd_lightning.training.losses import chunked_draft_loss
 
 LOW = torch.bfloat16
 MODES = ("32-true", "bf16-mixed", "bf16-true")
@@ -269,7 +269,7 @@ class Training:
             hidden = self.head([state.to(self.head.dtype) for state in states], layout, None, select)
             hidden = self.head.norm(hidden)
             self.phase("loss")
-            total, _ = chunked_draft_kl(
+            total, _ = chunked_draft_loss(
                 hidden=hidden,
                 lm_head=self.head.lm_head.weight,
                 target_hidden=last[select],

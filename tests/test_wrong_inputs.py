@@ -478,6 +478,12 @@ def fit(pristine: Path, data: Path, tmp_path: Path) -> Callable[..., list[str]]:
         ({"model__target": "./no/such/folder"}, ["no/such/folder", "does not exist"]),
         ({"model__head__draft_vocabulary": "no/such/file.json"}, ["draft_vocabulary='no/such/file.json'"]),
         ({"model__learning_rate": -1}, ["model.learning_rate=-1", "positive"]),
+        ({"model__loss__tv": -1}, ["model.loss.tv=-1", "at least 0"]),
+        ({"model__loss__kl": 0}, ["model.loss", "above 0"]),
+        (
+            {"model__optimizer": "muon", "trainer__strategy": "deepspeed_stage_2"},
+            ["model.optimizer=muon", "trainer.strategy"],
+        ),
         ({"model__restart_rate": 1.5}, ["model.restart_rate=1.5", "from 0 to 1"]),
         ({"model__head__num_layers": 0}, ["model.head.num_layers=0", "at least 1"]),
         ({"model__loading__dtype": "float33"}, ["dtype='float33'", "bfloat16"]),

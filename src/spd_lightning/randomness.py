@@ -25,6 +25,7 @@ class Purpose(IntEnum):
     COIN = 6  # simulated acceptance
     MIX = 7  # which conversations of a weighted source an epoch shows, and the order of streamed sources
     CERTIFICATE = 8  # seeds and uniform numbers of the lossless certificate
+    SHARED = 9  # noise of a position that its drafts and the target's own token share
 
 
 def philox(seed: int, purpose: Purpose, *counters: int) -> np.random.Philox:
@@ -39,6 +40,12 @@ def philox(seed: int, purpose: Purpose, *counters: int) -> np.random.Philox:
 def uniform(seed: int, purpose: Purpose, position: int, attempt: int) -> float:
     """One number in [0, 1) for the `attempt`-th time that `position` is decided for this purpose."""
     return (int(philox(seed, purpose, position, attempt).random_raw()) >> 11) * 2.0**-53
+
+
+def gumbel(seed: int, position: int, size: int) -> np.ndarray:
+    """[size] Gumbel noise of a position: argmax of log p plus it is a draw from p, whatever p is."""
+    numbers = generator(seed, Purpose.SHARED, position).random(size)
+    return -np.log(-np.log(np.maximum(numbers, 2.0**-53)))
 
 
 def generator(seed: int, purpose: Purpose, *counters: int) -> np.random.Generator:

@@ -75,7 +75,7 @@ def test_every_draft_and_token_is_that_of_spd_decoder_greedy_and_sampled(
     for build in (lively, agreeable):
         target = build(make_target, family, SPLITS[n])
         ids = random.Random(n).sample(range(60), 40) if n == 3 else None
-        head = new_head(target, num_layers=2, draft_token_ids=ids, seed=n)
+        head = new_head(target, num_layers=2, draft_token_ids=ids, seed=n, anchor_norm=n == 3)
         static, dynamic = GraphDecoder(target, head), SpdDecoder(target, head)
         for index, length in enumerate(LENGTHS):
             prompt = random_prompt(length, random.Random(length))

@@ -23,7 +23,7 @@ from spd_lightning.head.loading import draft_logits, head_config, load_head, new
 from spd_lightning.head.module import HeadLayer, SpeculationHead
 from spd_lightning.target.families import dense_intermediate_size
 from spd_lightning.target.target import Target
-from spd_lightning.training.losses import chunked_draft_kl, draft_kl
+from spd_lightning.training.losses import chunked_draft_loss, draft_kl
 
 from .common import FAMILIES, VARIED, WINDOW, build, every_family, ids_tensor, random_prompt
 
@@ -290,7 +290,7 @@ def test_the_chunked_loss_of_capped_logits_equals_its_definition_in_value_and_gr
     teacher = 3 * torch.tanh(target_hidden @ target_head.T / 3)
     logits = hidden @ lm_head.T
     expected = draft_kl(logits if cap is None else cap * torch.tanh(logits / cap), teacher, draft_ids).sum()
-    loss, table = chunked_draft_kl(
+    loss, table = chunked_draft_loss(
         hidden, lm_head, target_hidden, lambda x: 3 * torch.tanh(x @ target_head.T / 3), draft_ids,
         torch.ones(40, dtype=torch.long), 2, chunk, softcap=cap,
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from spd_lightning.training.losses import COLUMNS, chunked_draft_kl, draft_kl
+from spd_lightning.errors import InputError
+from spd_lightning.training.losses import COLUMNS, TERMS, Loss, chunked_draft_loss, draft_kl, draft_loss
 
 N_STAGES, H, V = 4, 12, 40
 DRAFT_IDS = torch.tensor([0, 3, 4, 9, 11, 17, 18, 25, 31, 32, 39])
@@ -22,15 +24,15 @@ class Case:
     """A head that resembles its target at P positions; the target's norm and lm_head are frozen."""
 
     def __init__(self, P: int, draft_ids: Tensor | None, dtype: torch.dtype = torch.float64, size: int = V) -> None:
-        random = torch.Generator().manual_seed(P)
+        generator = torch.Generator().manual_seed(P)
 
         def normal(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=random, dtype=torch.float64).to(dtype)
+            return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
         self.draft_ids = draft_ids
         self.norm = nn.RMSNorm(H, dtype=dtype)
         self.target_hidden, self.target_head = 3 * normal(P, H), normal(size, H)
-        self.fills = torch.randint(1, N_STAGES + 1, (P,), generator=random)
+        self.fills = torch.randint(1, N_STAGES + 1, (P,), generator=generator)
         rows = self.target_head if draft_ids is None else self.target_head[draft_ids]
         self.lm_head = (rows + 0.3 * normal(*rows.shape)).requires_grad_()
         self.hidden = (self.norm(self.target_hidden).detach() + 0.5 * normal(P, H)).requires_grad_()
@@ -39,15 +41,21 @@ class Case:
         with torch.no_grad():
             return self.norm(hidden) @ self.target_head.T
 
-    def by_definition(self) -> tuple[Tensor, list[Tensor]]:
+    def by_definition(self, options: Loss = Loss()) -> tuple[Tensor, list[Tensor]]:  # noqa: B008 (frozen)
         """Loss and the gradients of hidden and lm_head, by autograd."""
         logits = self.hidden @ self.lm_head.T
-        loss = draft_kl(logits, self.target_logits(self.target_hidden), self.draft_ids).sum()
+        loss = draft_loss(logits, self.target_logits(self.target_hidden), self.draft_ids, options).sum()
         return loss.detach(), list(torch.autograd.grad(loss, (self.hidden, self.lm_head)))
 
-    def chunked(self, chunk: int, statistics: bool = True, scale: float = 1.0) -> tuple[Tensor, list[Tensor], Tensor]:
+    def chunked(
+        self,
+        chunk: int,
+        statistics: bool = True,
+        scale: float = 1.0,
+        options: Loss = Loss(),  # noqa: B008 (frozen)
+    ) -> tuple[Tensor, list[Tensor], Tensor]:
         """Loss, gradients of `scale` times it, and the statistics table."""
-        loss, table = chunked_draft_kl(
+        loss, table = chunked_draft_loss(
             self.hidden,
             self.lm_head,
             self.target_hidden,
@@ -57,6 +65,7 @@ class Case:
             N_STAGES,
             chunk,
             statistics,
+            options=options,
         )
         gradients = torch.autograd.grad(scale * loss, (self.hidden, self.lm_head))
         return loss.detach(), list(gradients), table
@@ -85,6 +94,63 @@ def test_the_chunked_loss_equals_the_definition_in_value_and_gradient(
         errors = [relative_error(4 * ours, theirs) for ours, theirs in zip(gradients, expected_gradients, strict=True)]
         assert max(relative_error(loss, expected), *errors) < TOLERANCE[dtype], (P, errors)
         assert relative_error(table[:, COLUMNS.index("kl")].sum(), expected.double()) < TOLERANCE[dtype]
+
+
+def drawn(seed: int) -> Loss:
+    """A mix of some terms."""
+    draw = random.Random(seed)
+    weights = {name: draw.choice((0.0, draw.uniform(0.1, 2.0))) for name in TERMS}
+    return Loss(**weights | {"tv": 0.7}, lk_decay=draw.uniform(0, 5), misses=draw.random() < 0.5)
+
+
+ALONE = [Loss(**dict.fromkeys(TERMS, 0.0) | {name: 1.0}) for name in TERMS]
+
+
+@vocabularies
+@pytest.mark.parametrize("options", [*ALONE, Loss(misses=False), *map(drawn, range(6))], ids=str)
+def test_every_term_and_every_mix_equals_its_definition(draft_ids: Tensor | None, options: Loss) -> None:
+    case = Case(40, draft_ids)
+    expected, expected_gradients = case.by_definition(options)
+    loss, gradients, table = case.chunked(7, scale=0.25, options=options)
+    errors = [relative_error(4 * ours, theirs) for ours, theirs in zip(gradients, expected_gradients, strict=True)]
+    assert max(relative_error(loss, expected), *errors) < 1e-10, errors
+    assert table[:, COLUMNS.index("loss")].sum().item() == pytest.approx(expected.item())
+    assert min(g.abs().max() for g in expected_gradients) > 0
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_each_term_alone_raises_what_it_is_for(name: str) -> None:
+    """Descent on logits from afar: the target's best token and the acceptance at temperature 1 both grow."""
+    case = Case(64, None)
+    logits = torch.zeros(64, V, dtype=torch.float64, requires_grad=True)
+    teacher = case.target_logits(case.target_hidden)
+    optimizer = torch.optim.Adam([logits], lr=0.1)
+
+    def measured() -> tuple[float, float]:
+        q = logits.detach().softmax(-1)
+        hits = (q.argmax(-1) == teacher.argmax(-1)).double().mean().item()
+        return hits, torch.minimum(q, teacher.softmax(-1)).sum(-1).mean().item()
+
+    before = measured()
+    for _ in range(60):
+        optimizer.zero_grad()
+        draft_loss(logits, teacher, None, ALONE[TERMS.index(name)]).sum().backward()
+        optimizer.step()
+    after = measured()
+    assert after[0] > 0.95 > before[0] and after[1] > before[1] + 0.2
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"tv": -1.0}, "model.loss.tv=-1.0: expected a number of at least 0"),
+        ({"kl": float("nan")}, "model.loss.kl=nan"),
+        ({"kl": 0.0}, "expected a weight above 0 for one of kl, reverse_kl"),
+    ],
+)
+def test_weights_that_are_none_are_refused(fields: dict[str, float], says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        Loss(**fields)
 
 
 @vocabularies
@@ -127,6 +193,7 @@ def statistics_by_hand(case: Case) -> Tensor:
             "alpha": sum(min(p[token].item(), q.get(token, 0.0)) for token in range(V)),
             "miss": float(wanted not in q),
             "kl": divergences[t].item(),
+            "loss": divergences[t].item(),
         }
         table[case.fills[t]] += torch.tensor([row[name] for name in COLUMNS], dtype=torch.float64)
     return table
@@ -140,7 +207,7 @@ def test_the_statistics_count_over_the_full_vocabulary(draft_ids: Tensor | None,
     for chunk in (3, 64):
         torch.testing.assert_close(case.chunked(chunk)[2], expected, atol=1e-9, rtol=0)
     plain = case.chunked(64, statistics=False)[2]
-    for name in ("count", "kl"):
+    for name in ("count", "kl", "loss"):
         torch.testing.assert_close(plain[:, COLUMNS.index(name)], expected[:, COLUMNS.index(name)])
     if P == 50:
         sums = dict(zip(COLUMNS, expected.sum(0).tolist(), strict=True))
@@ -183,10 +250,10 @@ def test_a_frozen_lm_head_and_a_pass_without_gradients_are_served() -> None:
     case = Case(6, DRAFT_IDS)
     expected, (grad_hidden, _) = case.by_definition()
     arguments = (case.target_hidden, case.target_logits, DRAFT_IDS, case.fills, N_STAGES, 4)
-    loss, _ = chunked_draft_kl(case.hidden, case.lm_head.detach(), *arguments)
+    loss, _ = chunked_draft_loss(case.hidden, case.lm_head.detach(), *arguments)
     torch.testing.assert_close(torch.autograd.grad(loss, case.hidden)[0], grad_hidden)
     with torch.no_grad():
-        silent, table = chunked_draft_kl(case.hidden, case.lm_head, *arguments)
+        silent, table = chunked_draft_loss(case.hidden, case.lm_head, *arguments)
     assert not silent.requires_grad and silent.item() == pytest.approx(expected.item()) and table.any()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ from lightning.pytorch.loggers import Logger
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from spd_lightning.data.batches import Batch, Share, collate
+from spd_lightning.data.batches import Batch, Share, collate, supervised_positions
 from spd_lightning.data.chat import Sample
 from spd_lightning.decoding.decoder import SpdDecoder
 from spd_lightning.decoding.generation import Pooled
@@ -27,7 +28,7 @@ from spd_lightning.head.layout import StaircaseLayout
 from spd_lightning.head.loading import load_head, new_head
 from spd_lightning.staircase import entry_cycles
 from spd_lightning.target.loading import Loading
-from spd_lightning.training.losses import COLUMNS
+from spd_lightning.training.losses import COLUMNS, Loss
 from spd_lightning.training.metrics import DraftStatistics
 from spd_lightning.training.module import HeadOptions, SpdModule
 
@@ -168,6 +169,22 @@ def test_entry_cycles_are_those_of_the_staircase(make_module: Callable[..., SpdM
         assert [entry - found[0] for entry in found] == entry_cycles(steps)
 
 
+def test_published_restarts_are_saturated_or_show_every_fill_alike(make_module: Callable[..., SpdModule]) -> None:
+    module = make_module(restarts="published", restart_rate=0.9)
+    samples = [Sample(i, np.ones(121, np.int32), ((1, 121),)) for i in range(200)]
+    kinds = {"saturated": 0, "all fills": 0}
+    fills = torch.zeros(5)
+    for row in gaps(module, samples).values():
+        places = [position for position, gap in enumerate(row, 1) if gap == 4 and position > 1]
+        kinds["all fills" if places else "saturated"] += 1
+        assert {b - a for a, b in itertools.pairwise(places)} <= {4}
+        if places:
+            entries = torch.tensor([entry_cycles([4, *row])])
+            fills += torch.bincount(StaircaseLayout(module.parts()[1].staircase, entries).fills()[0], minlength=5)
+    assert abs(kinds["saturated"] - 100) < 30
+    assert fills[1:].max() < 1.1 * fills[1:].min(), "1 to n alike"
+
+
 # -- loss ------------------------------------------------------------------------------------------------------------
 
 
@@ -218,6 +235,49 @@ def test_the_loss_is_the_mean_kl_at_supervised_positions_in_value_and_gradient(
     for name, gradient in found.items():
         torch.testing.assert_close(gradient, expected_gradients[name], atol=1e-10, rtol=1e-8, msg=name)
         assert gradient.abs().max() > 0, f"{name} learns nothing from this batch"
+
+
+def test_deeper_rows_add_the_mean_loss_of_the_same_tokens(make_module: Callable[..., SpdModule]) -> None:
+    """By definition: every row through the dense training view, each against the target's law of the next token."""
+    batch, found = padded(random_samples(3, 4), epoch=1), {}
+    for weight in (0.0, 0.7):
+        module = perturbed(make_module(loading=Loading(dtype="float64"), loss=Loss(deeper_rows=weight)))
+        module.head = module.parts()[1].double()
+        target, head = module.parts()
+        loss, table = module.loss(batch, statistics=True)
+        found[weight] = (float(loss), table)
+    states, _ = target(batch["input_ids"], head.config.anchors)
+    layout = StaircaseLayout(head.staircase, module.entry_cycles(batch))
+    log_q = head.logits(head(states, layout, dense=True, all_rows=True)).log_softmax(-1)
+    log_p = target.model(batch["input_ids"]).logits.log_softmax(-1)
+    chosen = supervised_positions(batch)
+    kl = (log_p.exp()[:, None] * (log_p[:, None] - log_q)).sum(-1)[:, 1:].mean(1)[chosen].mean()
+    assert found[0.7][0] - found[0.0][0] == pytest.approx(0.7 * kl.item(), abs=1e-9)
+    torch.testing.assert_close(found[0.7][1], found[0.0][1], msg="statistics are of the rows that draft")
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_a_warm_start_is_the_targets_last_layers(make_target: Callable[..., Any], name: str) -> None:
+    target = make_target(name, 4, num_stages=2)
+    head = new_head(target, num_layers=2, kind="target", warm_start=True)
+    for index, layer in enumerate(head.layers):
+        theirs = dict(target.layer(2 + index).named_parameters())
+        assert all(weight.equal(theirs[key]) for key, weight in layer.named_parameters())
+    with pytest.raises(InputError, match=r"warm_start: the head's mlp.gate_proj.weight has shape \(16, 32\)"):
+        new_head(target, intermediate_size=16, kind="target", warm_start=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"restarts": "some"}, "model.restarts='some': expected drawn or published"),
+        ({"optimizer": "sgd"}, "model.optimizer='sgd': expected adamw or muon"),
+        ({"schedule": "step"}, "model.schedule='step': expected cosine or linear"),
+    ],
+)
+def test_unknown_choices_are_named(make_module: Callable[..., SpdModule], options: dict[str, str], says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        make_module(configured=False, **options)
 
 
 def test_a_batch_without_a_supervised_position_has_no_loss_and_no_gradient(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Container, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -146,10 +146,19 @@ class SpdDecoder:
         return _Run(self.target, self.drafter, prompt, max_new_tokens, verdicts)
 
 
+class Clock(Protocol):
+    """What a generation has to tell of its schedule."""
+
+    cycle: int
+    restart_positions: list[int]
+
+
 class Run(Protocol):
     """One generation on one engine: `generate` decides when it is over."""
 
-    schedule: PipelineSchedule
+    @property
+    def schedule(self) -> Clock:
+        """Known after prefill."""
 
     def prefill(self) -> int:
         """Prompt through target and head; returns the first token, which is the target's own."""
@@ -260,10 +269,14 @@ def autoregressive_generate(
     eos_token_id: int | Iterable[int] | None = None,
     observer: Observer | None = None,
     stop: Stop | None = None,
+    coupled: bool = False,
 ) -> Generation:
-    """The baseline: one token per full target pass, through the same layers, cache and sampling as `SpdDecoder`."""
+    """The baseline: one token per full target pass, through the same layers, cache and sampling as `SpdDecoder`.
+
+    `coupled`: the same draws as of a draft tree, see `Sampling`.
+    """
     prompt = checked_prompt(target, input_ids, max_new_tokens)
-    verdicts = Verdicts(None, _sampling(temperature, top_k, top_p, seed))
+    verdicts = Verdicts(None, replace(_sampling(temperature, top_k, top_p, seed), coupled=coupled))
     ends = target.end_of_sequence_ids(eos_token_id)
     began = time.perf_counter()
     capacity = len(prompt) + max_new_tokens

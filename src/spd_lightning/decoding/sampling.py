@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from spd_lightning.errors import InputError
+from spd_lightning.randomness import gumbel
 
 
 @dataclass(frozen=True)
@@ -23,12 +24,14 @@ class Sampling:
         top_k: keep the k most likely tokens; 0 keeps all.
         top_p: then keep the fewest tokens whose probabilities sum to at least top_p; 1 keeps all.
         seed: of the counter-based draws.
+        coupled: the target's own tokens are drawn with the noise of their position, see `scores`.
     """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
+    coupled: bool = False
 
     def __post_init__(self) -> None:
         if not self.temperature >= 0 or self.temperature == float("inf"):
@@ -60,6 +63,22 @@ class Sampling:
             law = torch.zeros_like(law).scatter_(0, indices, ordered)
             law /= law.sum()
         return law
+
+    def scores(self, logits: Tensor, position: int, ids: Tensor | None = None) -> Tensor:
+        """[V], float64 on the CPU, of logits [V]; the best is the choice for a position.
+
+        Greedy: the logits themselves. Else the law's logarithm plus the Gumbel noise of the position, whose best is an
+        exact draw from the law. Target and drafts share that noise, so they agree more often than two draws would,
+        and the target's choice does not depend on any draft (drafter-invariant speculative decoding, 2408.07978).
+
+        Args:
+            ids: [V] target ids of these logits; None: all of them in order.
+        """
+        if self.greedy:
+            return logits.detach().double().cpu()
+        size = logits.numel() if ids is None else int(ids.max()) + 1
+        noise = torch.from_numpy(gumbel(self.seed, position, size))
+        return self.law(logits).log() + (noise if ids is None else noise[ids.cpu()])
 
 
 def draw(law: Tensor, uniform: float) -> int:

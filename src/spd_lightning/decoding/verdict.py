@@ -33,6 +33,8 @@ class Verdicts:
         """The target's own token for `position`, from the logits [V] of the position before it."""
         if self.sampling.greedy:
             return int(logits.argmax())
+        if self.sampling.coupled:
+            return int(self.sampling.scores(logits, position).argmax())
         return draw(self.sampling.law(logits), self._uniform(Purpose.TARGET, position, 0))
 
     def of(self, logits: Tensor, draft: Draft, position: int, attempt: int, best: int | None = None) -> int:

@@ -72,6 +72,8 @@ class HeadConfig:
     kind: str = "qwen3"
     """Where `style` comes from: `qwen3`, the published kind, or `target`, the target's own attention layers."""
     style: LayerStyle = LayerStyle()
+    anchor_norm: bool = False
+    """Each anchor's hidden state is divided by its root mean square before W_k (an RMSNorm whose weight W_k holds)."""
     logit_softcap: float | None = None
     """c: draft logits are c tanh(logits / c), as the target's are (Gemma 2)."""
 
@@ -101,6 +103,8 @@ class HeadConfig:
         if not isinstance(self.hidden_act, str):
             raise InputError(f"hidden_act={self.hidden_act!r}: expected the name of an activation, such as silu.")
         self._check_rope()
+        if type(self.anchor_norm) is not bool:
+            raise InputError(f"anchor_norm={self.anchor_norm!r}: expected true or false.")
         if self.kind not in ("qwen3", "target"):
             raise InputError(f"kind={self.kind!r}: expected qwen3 or target.")
         if self.logit_softcap is not None and not (_is_number(self.logit_softcap) and self.logit_softcap > 0):

@@ -37,6 +37,7 @@ def head_config(
     draft_token_ids: Sequence[int] | None = None,
     kind: str = "auto",
     intermediate_size: int | None = None,
+    anchor_norm: bool = False,
 ) -> HeadConfig:
     """The configuration of a head that fits `target` (which must be cut into stages); arguments as in `new_head`."""
     if target.stage_layers is None:
@@ -54,6 +55,7 @@ def head_config(
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
         vocab_size=target.vocab_size,
         draft_token_ids=None if draft_token_ids is None else tuple(sorted(set(draft_token_ids))),
+        anchor_norm=anchor_norm,
         **fields_from_target(target, resolve_head_kind(kind, text)),
     )
 
@@ -126,6 +128,8 @@ def new_head(
     seed: int = 0,
     kind: str = "auto",
     intermediate_size: int | None = None,
+    anchor_norm: bool = False,
+    warm_start: bool = False,
 ) -> SpeculationHead:
     """An untrained head, initialised from the target.
 
@@ -143,6 +147,8 @@ def new_head(
         kind: `qwen3`, the layers that most published heads have; `target`, layers like the target's own; `auto`, the
             kind that published heads of the target's family have (Qwen3.5: its own gated attention).
         intermediate_size: width of its MLPs; default: the target's dense width, see `dense_intermediate_size`.
+        anchor_norm: RMSNorm of each anchor's hidden state before W_k.
+        warm_start: its layers start as the target's last ones, as far as they have the same weights.
 
     Raises:
         InputError: for anchors, a draft vocabulary or a kind that do not fit the target.
@@ -150,13 +156,16 @@ def new_head(
     random = torch.Generator().manual_seed(seed)
     # on the CPU, so that a seed gives the same head everywhere: Lightning sets the accelerator as default device
     with torch.no_grad(), torch.device("cpu"):
-        head = SpeculationHead(head_config(target, num_layers, anchors, draft_token_ids, kind, intermediate_size))
+        config = head_config(target, num_layers, anchors, draft_token_ids, kind, intermediate_size, anchor_norm)
+        head = SpeculationHead(config)
         for name, weight in head.layers.named_parameters():
             if weight.ndim == 2:
                 writes = name.endswith(("o_proj.weight", "down_proj.weight"))
                 weight.normal_(0, weight.shape[1] ** -0.5 / (2 * num_layers if writes else 1), generator=random)
             elif name.endswith("bias"):
                 weight.zero_()
+        if warm_start:
+            _copy_last_layers(target, head)
         identity = torch.eye(head.config.hidden_size)
         for weight in head.aggregation.parameters():
             weight.zero_()
@@ -165,6 +174,28 @@ def new_head(
         head.norm.weight.copy_(target.norm_weight())
     head.origin = target.identity
     return head.to(target.device)
+
+
+def _copy_last_layers(target: Target, head: SpeculationHead) -> None:
+    """The target's last full-attention layers into the head's, weight by weight of the same name and shape.
+
+    Raises:
+        InputError: where a projection has no counterpart: a part of a layer is worth nothing without the rest.
+    """
+    full = [i for i, kind in enumerate(target.layer_kinds) if kind != "linear_attention"][-len(head.layers) :]
+    for index, layer in zip(full, list(head.layers)[-len(full) :], strict=True):
+        theirs = dict(target.layer(index).named_parameters())
+        for name, weight in layer.named_parameters():
+            source = theirs.get(name)
+            if source is not None and source.shape == weight.shape:
+                weight.copy_(source.detach().to("cpu", torch.float32))
+            elif weight.ndim == 2:
+                shape = "no such weight" if source is None else f"shape {tuple(source.shape)}"
+                raise InputError(
+                    f"model.head.warm_start: the head's {name} has shape {tuple(weight.shape)}, layer {index} of the "
+                    f"target has {shape}. Set model.head.kind to target, model.head.intermediate_size to null, or "
+                    "warm_start to false."
+                )
 
 
 def shapes_of_head(target: Target, config: HeadConfig) -> SpeculationHead:

@@ -128,6 +128,25 @@ class HeadLayer(nn.Module):
         return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
 
 
+class Aggregation(nn.Linear):
+    """W_k: concatenated anchors [..., (k+1) H] -> row [..., H].
+
+    With `anchor_norm` each of them has root mean square 1 first: the states of a deep layer are many times larger than
+    those of a shallow one, and without it they decide alone how far a step of the optimizer moves a row. The norm has
+    no weight of its own, because W_k would undo it.
+    """
+
+    def __init__(self, config: HeadConfig, block: int) -> None:
+        super().__init__((block + 1) * config.hidden_size, config.hidden_size, bias=False)
+        self.norm_size, self.eps = (config.hidden_size if config.anchor_norm else None), config.rms_norm_eps
+
+    def forward(self, anchors: Tensor) -> Tensor:
+        if self.norm_size is not None:
+            apart = anchors.unflatten(-1, (-1, self.norm_size))
+            anchors = F.rms_norm(apart, (self.norm_size,), eps=self.eps).flatten(-2).to(anchors.dtype)
+        return super().forward(anchors)
+
+
 class LmHead(nn.Linear):
     """Over the draft vocabulary, without bias."""
 
@@ -165,7 +184,7 @@ class SpeculationHead(nn.Module):
         self.origin = TargetIdentity()
         self.staircase = config.staircase
         H = config.hidden_size
-        self.aggregation = nn.ModuleList(nn.Linear((k + 1) * H, H, bias=False) for k in range(len(config.anchors)))
+        self.aggregation = nn.ModuleList(Aggregation(config, k) for k in range(len(config.anchors)))
         self.layers = nn.ModuleList(HeadLayer(config) for _ in range(config.num_layers))
         self.norm = nn.RMSNorm(H, eps=config.rms_norm_eps).requires_grad_(False)
         self.lm_head = LmHead(H, config.draft_vocab_size, bias=False)
@@ -321,21 +340,53 @@ class SpeculationHead(nn.Module):
         Returns:
             [H], the last layer's output of the newest position's row; [R, H] with `all_rows`.
         """
-        x = torch.stack([self.aggregation[k](kept[position][: k + 1].flatten().to(self.dtype)) for k, position in rows])
-        positions = torch.tensor([position for _, position in rows], device=x.device)
+        positions = torch.tensor([position for _, position in rows], device=self.device)
         length = int(max(position for _, position in rows)) + 1
-        mask = torch.arange(length, device=x.device)[None] <= positions[:, None]
+        mask = torch.arange(length, device=self.device)[None] <= positions[:, None]
+        states = [kept[position] for _, position in rows]
+        last = len(rows) if all_rows else 1
+        x = self.step_rows([k for k, _ in rows], states, positions, positions, mask, cache, rotary, last)
+        return x if all_rows else x[-1]
+
+    @torch.no_grad()
+    def step_rows(
+        self,
+        blocks: Sequence[int],
+        states: Sequence[Tensor],
+        positions: Tensor,
+        places: Tensor,
+        mask: Tensor,
+        cache: HeadCache,
+        rotary: Rotary,
+        last: int,
+    ) -> Tensor:
+        """Rows wherever they lie in the cache; in a chain a row's place is its position, in a draft tree it is not.
+
+        Args:
+            blocks: of each row.
+            states: [A, H] anchor states of each row's position, valid up to its block.
+            positions, places: [R], of RoPE and in the cache; a place occurs once.
+            mask: [R, C] bool, the first C places that each row sees.
+            last: so many rows at the end are asked for.
+
+        Returns:
+            [last, H], the last layer's outputs.
+        """
+        x = torch.stack(
+            [self.aggregation[k](one[: k + 1].flatten().to(self.dtype)) for k, one in zip(blocks, states, strict=True)]
+        )
         here = (rotary[0][positions], rotary[1][positions])
         for index, layer in enumerate(self._layers):
             normed = layer.input_layernorm(x)
             k, v = layer.self_attn.key_value(normed, here)
-            cache.keys[index, :, positions] = k.transpose(0, 1)
-            cache.values[index, :, positions] = v.transpose(0, 1)
-            if index == len(self.layers) - 1 and not all_rows:  # only the newest row drafts
-                x, normed, mask, here = x[-1:], normed[-1:], mask[-1:], (here[0][-1:], here[1][-1:])
+            cache.keys[index, :, places] = k.transpose(0, 1)
+            cache.values[index, :, places] = v.transpose(0, 1)
+            if index == len(self.layers) - 1:  # the others are computed for their keys and values alone
+                asked = slice(len(x) - last, None)
+                x, normed, mask, here = x[asked], normed[asked], mask[asked], (here[0][asked], here[1][asked])
             q, gate = layer.self_attn.query(normed, here)
-            x = layer.finish(x, _attend(q, cache, index, length, mask=mask), gate)
-        return x if all_rows else x[-1]
+            x = layer.finish(x, _attend(q, cache, index, mask.shape[1], mask=mask), gate)
+        return x
 
     def _rotary(self, x: Tensor, position_ids: Tensor) -> Rotary:
         cos, sin = self.rotary(x, position_ids)

@@ -224,6 +224,11 @@ def _integers(name: str, values: Any) -> list[int]:
 def _check_expressible(head: SpeculationHead) -> None:
     """Refuse by name what the format has no word for."""
     config, style = head.config, head.config.style
+    if config.anchor_norm:
+        raise InputError(
+            "--format v11 cannot express anchor_norm=True: version 11 knows no norm of anchors. Train with "
+            "head.anchor_norm false, or export with --format folder."
+        )
     plain = LayerStyle()
     for name in ("norms", "qk_norm", "qkv_bias", "output_bias", "mlp_bias", "query_scale"):
         if getattr(style, name) != getattr(plain, name):

@@ -32,6 +32,7 @@ from spd_lightning.staircase import Staircase, resolve_stage_layers
 from spd_lightning.target.cache import RollbackCache, rollback_layer
 from spd_lightning.target.families import has_rope_per_kind, layer_kinds, logit_softcap, unsupported_reason
 from spd_lightning.target.identity import TargetIdentity, identity_of
+from spd_lightning.target.tree_cache import TreeCache
 
 if TYPE_CHECKING:
     from spd_lightning.target.loading import Loading
@@ -351,33 +352,36 @@ class Target(nn.Module):
         self,
         hidden: Tensor,
         layers: range,
-        position: int,
+        position: int | Tensor,
         rotary: Rotary,
-        cache: RollbackCache,
+        cache: RollbackCache | TreeCache,
         keep: dict[int, int],
         kept: Tensor,
         abandoned: Callable[[], bool] | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
-        """One token at `position` through some consecutive layers (a stage).
+        """One token at `position`, or some alternatives, through some consecutive layers (a stage).
 
         Args:
-            hidden: h_i [1, 1, H] with i = layers.start.
+            hidden: h_i [1, R, H] with i = layers.start; R = 1, but in a draft tree.
+            position: of the token; [R] in a draft tree.
             rotary: `rotary_table` that covers the position.
             keep: hidden-state index -> row of `kept`, for the anchors.
-            kept: [A, H], receives the anchor states that these layers produce.
+            kept: [A, H], or [A, R, H] in a draft tree; receives the anchor states that these layers produce.
             abandoned: asked before every layer whether the result is of no use any more.
+            mask: [1, 1, R, C], added to attention scores; None: the token sees all that is cached.
 
         Returns:
-            h_i [1, 1, H] with i = layers.stop; anything where it was abandoned.
+            h_i [1, R, H] with i = layers.stop; anything where it was abandoned.
         """
-        here = {kind: (cos[:, position, None], sin[:, position, None]) for kind, (cos, sin) in rotary.items()}
-        positions = torch.tensor([[position]], device=hidden.device)
+        positions = torch.as_tensor(position, device=hidden.device).view(1, -1)
+        here = {kind: (cos[:, positions[0]], sin[:, positions[0]]) for kind, (cos, sin) in rotary.items()}
         for index in layers:
             if abandoned is not None and abandoned():
                 break
-            hidden = self.run_layer(index, hidden, positions, here, cache, None)
+            hidden = self.run_layer(index, hidden, positions, here, cache, mask)
             if index + 1 in keep:
-                kept[keep[index + 1]] = hidden[0, 0]
+                kept[keep[index + 1]] = hidden[0]
         return hidden
 
     def run_layer(

@@ -1,11 +1,19 @@
-"""KL to the target on the draft vocabulary, twice: a readable form, and a chunked twin that keeps no logits.
+"""What a head is trained to minimise, twice: readable forms, and a fused chunked twin that keeps no logits.
 
-At a supervised position t the loss is KL(P_t restricted to the draft vocabulary and renormalised || Q_t), with P_t the
-frozen target's distribution from the same forward pass and Q_t the head's. It makes Q cover P wherever P has mass; it
-is not the acceptance itself (that is 1 - TV at temperature 1), which the metrics report beside it.
+At a supervised position t, P_t is the frozen target's distribution from the same forward pass, Q_t the head's over the
+draft vocabulary D, and p_t is P_t restricted to D and renormalised. `Loss` weighs these terms:
 
-Positions whose target argmax lies OUTSIDE the draft vocabulary stay in the loss: what P puts inside still teaches
-sampled acceptance. In the metrics they are certain rejections at temperature 0 (`miss`).
+- `kl`: KL(p || Q). Makes Q cover p wherever p has mass; not the acceptance itself.
+- `reverse_kl`: KL(Q || p). Makes Q stay where p has mass; forgives what it leaves out.
+- `ce`: -log Q of the target's most probable token, what greedy decoding asks for. 0 where that token is outside D.
+- `tv`: 1 - alpha, with alpha = sum min(P, Q) the acceptance at temperature 1 (Leviathan et al., 2211.17192). P is not
+  renormalised here: mass outside D is lost, whatever the head does. Hardly any gradient where P and Q do not overlap.
+- `lk`: -log alpha (LK losses, 2602.23881): tv's gradient divided by alpha, so it is strong where acceptance is poor.
+- `lk_hybrid`: lambda kl + (1 - lambda) tv with lambda = exp(-lk_decay alpha) per position, which no gradient passes:
+  kl while P and Q are apart, tv as they meet (2602.23881; there with alpha averaged over a batch).
+
+Positions whose target argmax lies OUTSIDE the draft vocabulary stay in the loss unless `misses` is false: what P puts
+inside still teaches sampled acceptance. In the metrics they are certain rejections at temperature 0 (`miss`).
 
 The chunked twin computes the gradient of a chunk while its logits exist, and keeps [P, H] and [V_d, H] only: neither
 a float32 [P, V] copy of the whole batch nor logits at unlabelled positions ever arise.
@@ -15,28 +23,104 @@ Shapes: P supervised positions of a batch, H hidden, V vocabulary, V_d draft voc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from spd_lightning.errors import InputError
 
 #: On a CPU, elements of a chunk's logits: 1 MiB of float32, which fits its caches. Without this cap the loss took
 #: 1.7 times as long (V = 4096, 512 positions at once).
 CPU_CHUNK_LOGITS = 2**18
 
 #: Columns of a statistics table; all but `count` are sums over positions.
-COLUMNS = ("count", "top1", "hit2", "hit4", "alpha", "miss", "kl")
+COLUMNS = ("count", "top1", "hit2", "hit4", "alpha", "miss", "kl", "loss")
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What is minimised: a weighted sum of terms.
+
+    Args:
+        kl: weight of KL(P || Q) on the draft vocabulary.
+        reverse_kl: weight of KL(Q || P).
+        ce: weight of the cross-entropy with the target's most probable token.
+        tv: weight of 1 - alpha, alpha the acceptance at temperature 1.
+        lk: weight of -log alpha.
+        lk_hybrid: weight of a mix that goes from kl to 1 - alpha as alpha grows.
+        lk_decay: how fast: kl's share of that mix is exp(-lk_decay x alpha).
+        deeper_rows: weight of the same loss on the rows of deeper blocks, which draft the same token once more from
+            more of the target; 0: only the rows that really draft are trained.
+        misses: whether positions whose most probable token is outside the draft vocabulary stay in the loss.
+    """
+
+    kl: float = 1.0
+    reverse_kl: float = 0.0
+    ce: float = 0.0
+    tv: float = 0.0
+    lk: float = 0.0
+    lk_hybrid: float = 0.0
+    lk_decay: float = 3.0
+    deeper_rows: float = 0.0
+    misses: bool = True
+
+    def __post_init__(self) -> None:
+        for name in (*TERMS, "lk_decay", "deeper_rows"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise InputError(f"model.loss.{name}={value}: expected a number of at least 0.")
+        if not any(getattr(self, name) for name in TERMS):
+            raise InputError(f"model.loss: expected a weight above 0 for one of {', '.join(TERMS)}.")
+
+
+#: The terms of a loss that have a weight.
+TERMS = ("kl", "reverse_kl", "ce", "tv", "lk", "lk_hybrid")
 
 
 def draft_kl(draft_logits: Tensor, target_logits: Tensor, draft_ids: Tensor | None) -> Tensor:
-    """The definition, per position: [P, V_d], [P, V] -> [P], in float32 or better."""
-    restricted = target_logits if draft_ids is None else target_logits[:, draft_ids]
-    log_p, log_q = _wide(restricted).log_softmax(-1), _wide(draft_logits).log_softmax(-1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
+    """KL(p || Q) per position: [P, V_d], [P, V] -> [P], in float32 or better."""
+    return draft_terms(draft_logits, target_logits, draft_ids)["kl"]
 
 
-def chunked_draft_kl(
+def draft_terms(
+    draft_logits: Tensor, target_logits: Tensor, draft_ids: Tensor | None, lk_decay: float = 3.0
+) -> dict[str, Tensor]:
+    """The definition of every term, per position: [P, V_d], [P, V] -> [P] each, in float32 or better."""
+    teacher, log_q = _wide(target_logits), _wide(draft_logits).log_softmax(-1)
+    restricted = teacher if draft_ids is None else teacher[:, draft_ids]
+    log_p, q = restricted.log_softmax(-1), log_q.exp()
+    P = teacher.softmax(-1)
+    P = P if draft_ids is None else P[:, draft_ids]
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+    alpha = torch.minimum(P, q).sum(-1)
+    share = torch.exp(-lk_decay * alpha.detach())
+    best = restricted.argmax(-1, keepdim=True)
+    inside = restricted.amax(-1) >= teacher.amax(-1)
+    return {
+        "kl": kl,
+        "reverse_kl": (q * (log_q - log_p)).sum(-1),
+        "ce": -log_q.gather(-1, best)[:, 0] * inside,
+        "tv": 1 - alpha,
+        "lk": -alpha.log(),
+        "lk_hybrid": share * kl + (1 - share) * (1 - alpha),
+    }
+
+
+def draft_loss(draft_logits: Tensor, target_logits: Tensor, draft_ids: Tensor | None, loss: Loss) -> Tensor:
+    """The definition of a loss, per position: [P, V_d], [P, V] -> [P]."""
+    terms = draft_terms(draft_logits, target_logits, draft_ids, loss.lk_decay)
+    total = sum(getattr(loss, name) * terms[name] for name in TERMS if getattr(loss, name))
+    assert isinstance(total, Tensor)
+    if not loss.misses and draft_ids is not None:
+        total = total * torch.isin(target_logits.argmax(-1), draft_ids)
+    return total
+
+
+def chunked_draft_loss(
     hidden: Tensor,
     lm_head: Tensor,
     target_hidden: Tensor,
@@ -47,8 +131,9 @@ def chunked_draft_kl(
     chunk: int = 1024,
     statistics: bool = True,
     softcap: float | None = None,
+    options: Loss = Loss(),  # noqa: B008 (frozen)
 ) -> tuple[Tensor, Tensor]:
-    """Sum of `draft_kl` over all positions, a chunk at a time.
+    """Sum of `draft_loss` over all positions, a chunk at a time.
 
     Args:
         hidden: [P, H], the head's output after the final norm; receives gradient.
@@ -61,19 +146,20 @@ def chunked_draft_kl(
         chunk: C, positions whose logits exist at a time, at most (fewer on a CPU, see `CPU_CHUNK_LOGITS`).
         statistics: also fill the statistics table (sorting costs time, so training asks for it now and then).
         softcap: c, where draft logits are c tanh(logits / c).
+        options: what is minimised.
 
     Returns:
         The summed loss (scalar, differentiable), and statistics [n + 1, len(COLUMNS)] in float64, one row per fill;
-        only `count` and `kl` are filled without `statistics`.
+        only `count`, `kl` and `loss` are filled without `statistics`.
     """
     table = torch.zeros(num_stages + 1, len(COLUMNS), dtype=torch.float64, device=hidden.device)
-    loss = _ChunkedKL.apply(
-        hidden, lm_head, target_hidden, target_logits, draft_ids, fills, chunk, table, statistics, softcap
+    loss = _ChunkedLoss.apply(
+        hidden, lm_head, target_hidden, target_logits, draft_ids, fills, chunk, table, statistics, softcap, options
     )
     return loss, table
 
 
-class _ChunkedKL(torch.autograd.Function):
+class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any,
@@ -87,6 +173,7 @@ class _ChunkedKL(torch.autograd.Function):
         table: Tensor,
         statistics: bool,
         softcap: float | None,
+        options: Loss,
     ) -> Tensor:
         kind = hidden.device.type
         compute = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
@@ -108,13 +195,10 @@ class _ChunkedKL(torch.autograd.Function):
                     squeezed = torch.tanh(logits / softcap)
                     logits = softcap * squeezed
                 log_q = logits.log_softmax(-1)
-                log_p = (teacher if draft_ids is None else teacher[:, draft_ids]).log_softmax(-1)
-                p = log_p.exp()
-                kl = log_p.sub_(log_q).mul_(p).sum(-1)
-                total += kl.sum()
-                _tabulate(table, fills[here], kl, log_q, teacher, draft_ids, statistics)
-                if grad_hidden is not None and grad_weight is not None:
-                    grad = log_q.exp_().sub_(p)
+                kl, value, grad = _value_and_gradient(log_q, teacher, draft_ids, options, grad_hidden is not None)
+                total += value.sum()
+                _tabulate(table, fills[here], {"kl": kl, "loss": value}, log_q, teacher, draft_ids, statistics)
+                if grad is not None and grad_hidden is not None and grad_weight is not None:
                     if squeezed is not None:
                         grad *= 1 - squeezed**2
                     grad = grad.to(compute)
@@ -127,21 +211,76 @@ class _ChunkedKL(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         grad_hidden, grad_weight = ctx.saved_tensors
         scale = upstream.to(grad_hidden.dtype)
-        return grad_hidden * scale, grad_weight * scale.to(grad_weight.dtype), *([None] * 8)
+        return grad_hidden * scale, grad_weight * scale.to(grad_weight.dtype), *([None] * 9)
+
+
+def _value_and_gradient(
+    log_q: Tensor, teacher: Tensor, draft_ids: Tensor | None, options: Loss, gradient: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """KL [C], loss [C] and its gradient [C, V_d] by the draft logits, in closed form.
+
+    With z the draft logits and Q = softmax(z), the derivatives of the terms by z are
+
+        kl          Q - p                                reverse_kl   Q (log Q - log p - reverse_kl)
+        ce          Q - [the best token]                 tv           Q (sum of Q where Q < P - [Q < P])
+        lk          tv's / alpha                         lk_hybrid    lambda kl's + (1 - lambda) tv's
+    """
+    restricted = teacher if draft_ids is None else teacher[:, draft_ids]
+    log_p = restricted.log_softmax(-1)
+    p, q = log_p.exp(), log_q.exp()
+    apart = log_p - log_q
+    kl = (apart * p).sum(-1)
+    value, grad = torch.zeros_like(kl), torch.zeros_like(q) if gradient else None
+    to_kl = kl.new_full(kl.shape, options.kl)  # what multiplies the gradients of kl and of 1 - alpha
+    to_tv = kl.new_full(kl.shape, options.tv)
+    if options.tv or options.lk or options.lk_hybrid:
+        P = p if draft_ids is None else teacher.softmax(-1)[:, draft_ids]
+        alpha = torch.minimum(P, q).sum(-1)
+        share = torch.exp(-options.lk_decay * alpha)
+        value += options.tv * (1 - alpha) - options.lk * alpha.log()
+        value += options.lk_hybrid * (share * kl + (1 - share) * (1 - alpha))
+        to_kl += options.lk_hybrid * share
+        to_tv += options.lk_hybrid * (1 - share) + options.lk / alpha
+        if grad is not None:
+            short = q < P
+            kept = torch.where(short, q, 0.0).sum(-1, keepdim=True)
+            grad += to_tv[:, None] * q * (kept - short.to(q.dtype))
+    if options.kl:
+        value += options.kl * kl
+    if options.reverse_kl:
+        reverse = -(q * apart).sum(-1)
+        value += options.reverse_kl * reverse
+        if grad is not None:
+            grad -= options.reverse_kl * q * (apart + reverse[:, None])
+    if options.ce:
+        best = restricted.argmax(-1, keepdim=True)
+        weight = options.ce * (restricted.amax(-1) >= teacher.amax(-1)).to(q.dtype)
+        value -= weight * log_q.gather(-1, best)[:, 0]
+        if grad is not None:
+            grad += weight[:, None] * q
+            grad.scatter_add_(-1, best, -weight[:, None])
+    if grad is not None:
+        grad += to_kl[:, None] * (q - p)
+    if not options.misses and draft_ids is not None:
+        stays = torch.isin(teacher.argmax(-1), draft_ids).to(q.dtype)
+        value *= stays
+        grad = None if grad is None else grad * stays[:, None]
+    return kl, value, grad
 
 
 @torch.no_grad()
 def _tabulate(
     table: Tensor,
     fills: Tensor,
-    kl: Tensor,
+    losses: dict[str, Tensor],
     log_q: Tensor,
     teacher: Tensor,
     draft_ids: Tensor | None,
     statistics: bool,
 ) -> None:
     """Add a chunk to the statistics: P over the FULL vocabulary, Q = 0 outside the draft vocabulary."""
-    columns = {"count": torch.ones_like(kl), "kl": kl}
+    kl = losses["kl"]
+    columns = {"count": torch.ones_like(kl), **losses}
     if statistics:
         wanted = teacher.argmax(-1)
         best = log_q.topk(min(4, log_q.shape[-1]), dim=-1).indices

@@ -11,7 +11,7 @@ from spd_lightning.training.losses import COLUMNS
 
 
 class DraftStatistics(Metric):
-    """Accumulates the statistics tables of `chunked_draft_kl`.
+    """Accumulates the statistics tables of `chunked_draft_loss`.
 
     Teacher-forced means: on the DATA's text, with drawn restarts. Real decoding runs on the target's own text, which is
     easier; the two are logged under different names and never compared as if they were one.

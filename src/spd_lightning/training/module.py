@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, Literal
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
@@ -26,8 +27,9 @@ from spd_lightning.target.families import packing_refusal
 from spd_lightning.target.gathering import gathered
 from spd_lightning.target.loading import Loading, check_target, load_target, shapes_of_target
 from spd_lightning.target.target import Target
-from spd_lightning.training.losses import chunked_draft_kl
+from spd_lightning.training.losses import Loss, chunked_draft_loss
 from spd_lightning.training.metrics import DraftStatistics, by_fill
+from spd_lightning.training.optimizers import BETAS, MuonAdamW, scheduled
 from spd_lightning.training.resuming import check_weights, rescale_progress, trained_groups
 from spd_lightning.training.strategies import ZeroStrategy
 from spd_lightning.training.survival import gradients_finite
@@ -45,6 +47,8 @@ class HeadOptions:
         draft_vocabulary: JSON file with "token_ids", the ids it can propose; default: all of them.
         intermediate_size: width of its MLPs; default: the target's (of a mixture without dense layers, the width of
             the experts a token passes).
+        anchor_norm: RMSNorm of each anchor's hidden state before it is aggregated.
+        warm_start: its layers start as the target's last ones, instead of random; needs layers of the same shape.
     """
 
     kind: Literal["auto", "qwen3", "target"] = "auto"
@@ -52,6 +56,8 @@ class HeadOptions:
     anchors: list[int] | None = None
     draft_vocabulary: str | None = None
     intermediate_size: int | None = None
+    anchor_norm: bool = False
+    warm_start: bool = False
 
     def __post_init__(self) -> None:
         for name, value in (("num_layers", self.num_layers), ("intermediate_size", self.intermediate_size)):
@@ -69,11 +75,17 @@ class SpdModule(L.LightningModule):
         stage_layers: layers per stage by hand, instead of num_stages; or auto: num_stages stages of equal measured
             time, embedding, lm_head and verification included.
         head: what head is trained.
+        loss: what is minimised.
+        restarts: where training sequences restart: drawn token by token at restart_rate, so that fills come as often as
+            in decoding; or published, as the method's authors train: half of the sequences saturated, in the other half
+            all fills from 1 to n equally often.
         restart_rate: probability that a training token starts after a flush, 1 - p of the decoder it is meant for.
-        learning_rate: peak, AdamW.
+        optimizer: adamw; or muon, for all matrices but the lm_head (adamw for the rest).
+        learning_rate: peak.
         weight_decay: on matrices only.
-        warmup: share of the steps in which the learning rate rises linearly; then cosine.
-        final_learning_rate: end of the cosine, as a share of the peak.
+        warmup: share of the steps in which the learning rate rises linearly.
+        schedule: how it falls after that.
+        final_learning_rate: where it ends, as a share of the peak.
         loss_chunk: supervised positions whose logits exist at a time.
         activation_checkpointing: keep only the input of each layer of the head and compute the rest once more in the
             backward pass: less memory, about a third more work of the head.
@@ -87,20 +99,24 @@ class SpdModule(L.LightningModule):
         num_stages: int | None = None,
         stage_layers: list[int] | Literal["auto"] | None = None,
         head: HeadOptions = HeadOptions(),  # noqa: B008 (frozen)
+        loss: Loss = Loss(),  # noqa: B008 (frozen)
+        restarts: Literal["drawn", "published"] = "drawn",
         restart_rate: float = 0.15,
+        optimizer: Literal["adamw", "muon"] = "adamw",
         learning_rate: float = 1e-3,
         weight_decay: float = 0.0,
         warmup: float = 0.05,
+        schedule: Literal["cosine", "linear"] = "cosine",
         final_learning_rate: float = 0.1,
         loss_chunk: int = 1024,
         activation_checkpointing: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(ignore=["loading", "head"])  # checkpoints hold plain values, no classes
-        self.save_hyperparameters({"loading": asdict(loading), "head": asdict(head)})
+        self.save_hyperparameters(ignore=["loading", "head", "loss"])  # checkpoints hold plain values, no classes
+        self.save_hyperparameters({"loading": asdict(loading), "head": asdict(head), "loss": asdict(loss)})
         self.settings: Any = self.hparams
-        self.loading, self.head_options = loading, head
+        self.loading, self.head_options, self.loss_options = loading, head, loss
         #: Layers per stage, where they are known before anything is measured: a resumed run keeps its own.
         self.stage_layers: tuple[int, ...] | None = None
         for name, value, low, high in (
@@ -110,6 +126,13 @@ class SpdModule(L.LightningModule):
         ):
             if not low <= value <= high:
                 raise InputError(f"model.{name}={value}: expected a number from {low} to {high}.")
+        for name, choice, known in (
+            ("restarts", restarts, ("drawn", "published")),
+            ("optimizer", optimizer, ("adamw", "muon")),
+            ("schedule", schedule, ("cosine", "linear")),
+        ):
+            if choice not in known:
+                raise InputError(f"model.{name}={choice!r}: expected {' or '.join(known)}.")
         if not learning_rate > 0:
             raise InputError(f"model.learning_rate={learning_rate}: expected a positive number.")
         if loss_chunk < 1:
@@ -194,9 +217,10 @@ class SpdModule(L.LightningModule):
             "draft_token_ids": ids,
             "kind": options.kind,
             "intermediate_size": options.intermediate_size,
+            "anchor_norm": options.anchor_norm,
         }
         if reads:
-            self.head = new_head(self.target, seed=hp.seed, **choices)
+            self.head = new_head(self.target, seed=hp.seed, warm_start=options.warm_start, **choices)
         else:
             self.head = shapes_of_head(self.target, head_config(self.target, **choices))
         self.head.checkpoint_layers = hp.activation_checkpointing
@@ -226,8 +250,6 @@ class SpdModule(L.LightningModule):
         return self.target, self.head
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        from transformers import get_scheduler
-
         weights = dict(self.named_parameters())
         matrices, others = ([weights[name] for name in names] for names in trained_groups(weights.items()))
         groups = [
@@ -237,15 +259,14 @@ class SpdModule(L.LightningModule):
         strategy = self.trainer.strategy
         # in host memory the fused kernel is several times as fast
         fused = True if isinstance(strategy, ZeroStrategy) and strategy.offloads else None
-        optimizer = torch.optim.AdamW(groups, lr=self.settings.learning_rate, betas=(0.9, 0.95), fused=fused)
+        optimizer: torch.optim.Optimizer
+        if self.settings.optimizer == "muon":
+            _, head = self.parts()
+            optimizer = MuonAdamW(groups, self.settings.learning_rate, apart=[head.lm_head.weight])
+        else:
+            optimizer = torch.optim.AdamW(groups, lr=self.settings.learning_rate, betas=BETAS, fused=fused)
         steps = int(self.trainer.estimated_stepping_batches)
-        schedule = get_scheduler(
-            "cosine_with_min_lr",
-            optimizer,
-            num_warmup_steps=round(self.settings.warmup * steps),
-            num_training_steps=steps,
-            scheduler_specific_kwargs={"min_lr_rate": self.settings.final_learning_rate},
-        )
+        schedule = scheduled(optimizer, self.settings, steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     # -- steps ---------------------------------------------------------------------------------------------------
@@ -264,7 +285,7 @@ class SpdModule(L.LightningModule):
         # the optimizer step that was due is over: all its micro-batches (and ranks) are in the sums
         if self.train_statistics.update_called and self.global_step == self.statistics_due:
             values = self.train_statistics.compute()
-            self.log("train/loss", values["kl"])  # of the global batch
+            # of the global batch
             self.log_dict({f"train/{name}": x for name, x in values.items()})
             self.log("tokens", self.tokens_seen)
             self.train_statistics.reset()
@@ -316,20 +337,32 @@ class SpdModule(L.LightningModule):
         states, last = target(batch["input_ids"], head.config.anchors, positions, documents)
         layout = StaircaseLayout(head.staircase, self.entry_cycles(batch), documents)
         select = supervised_positions(batch)
-        hidden = head([state.to(head.dtype) for state in states], layout, positions, select)
+        deeper = self.loss_options.deeper_rows
+        hidden = head([state.to(head.dtype) for state in states], layout, positions, select, all_rows=deeper > 0)
+        drafting = hidden[:, 0][select] if deeper else hidden
         loss = partial(
-            chunked_draft_kl,
-            target_hidden=last[select],
+            chunked_draft_loss,
             target_logits=target.logits,
             draft_ids=head.draft_token_ids,
-            fills=layout.fills()[select],
             num_stages=head.staircase.num_stages,
             chunk=self.settings.loss_chunk,
-            statistics=statistics,
             softcap=head.config.logit_softcap,
+            options=self.loss_options,
         )
+        fills = layout.fills()[select]
+        here = partial(loss, target_hidden=last[select], fills=fills, statistics=statistics)
         with gathered(target.norm, target.lm_head):  # chunks differ in number from rank to rank
-            total, table = head.lm_head(head.norm(hidden), loss)
+            total, table = head.lm_head(head.norm(drafting), here)
+            if deeper:
+                rows = hidden[:, 1:].transpose(1, 2)[select]  # [P, m - 1, H]
+                again = partial(
+                    loss,
+                    target_hidden=last[select].repeat_interleave(rows.shape[1], 0),
+                    fills=fills.repeat_interleave(rows.shape[1]),
+                    statistics=False,
+                )
+                more, _ = head.lm_head(head.norm(rows.flatten(0, 1)), again)
+                total = total + deeper * more / rows.shape[1]
         return total / batch["supervised"].clamp(min=1).to(total.dtype), table
 
     def entry_cycles(self, batch: Batch) -> Tensor:
@@ -340,14 +373,19 @@ class SpdModule(L.LightningModule):
         _, head = self.parts()
         epoch = int(batch["epoch"])
         starts = batch["turn_starts"]
+        n = head.staircase.num_stages
         draws = torch.ones(starts.numel(), dtype=torch.float64)  # padding restarts nowhere
         places = zip(batch["sample_ids"].tolist(), batch["starts"].tolist(), batch["lengths"].tolist(), strict=True)
         for sample, at, length in places:
             random = generator(self.settings.seed, Purpose.RESTART, epoch, sample).random(length)
+            if self.settings.restarts == "published":  # saturated, or a restart every n tokens: fills 1 to n alike
+                phase = int(random[0] * 2 * n)
+                random = ((np.arange(length) + phase) % n != 0) * 1.0 if phase < n else np.ones(length)
             draws[at : at + length] = torch.from_numpy(random)
         draws = draws.view_as(starts).to(starts.device)
-        restart = starts | (draws < self.settings.restart_rate)
-        return torch.where(restart, head.staircase.num_stages, 1).cumsum(1)
+        rate = self.settings.restart_rate if self.settings.restarts == "drawn" else 0.5
+        restart = starts | (draws < rate)
+        return torch.where(restart, n, 1).cumsum(1)
 
     # -- checkpoints: the head alone -------------------------------------------------------------------------------
 
@@ -374,6 +412,9 @@ class SpdModule(L.LightningModule):
                 f"in this configuration{f' (also: {differing[1:]})' if differing[1:] else ''}. Resume with the "
                 "configuration of the run that wrote it."
             )
+        ours, theirs = self.settings.optimizer, checkpoint.get("hyper_parameters", {}).get("optimizer", "adamw")
+        if self._trainer is not None and ours != theirs:
+            raise InputError(f"model.optimizer={ours}: the checkpoint holds the state of {theirs}. Resume with that.")
         if "state_dict" in checkpoint:  # ZeRO has checked and loaded its own
             shapes = {name: tuple(tensor.shape) for name, tensor in checkpoint["state_dict"].items()}
             check_weights(shapes, self, "The checkpoint")

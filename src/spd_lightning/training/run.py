@@ -214,6 +214,11 @@ def _prepare(cli: Any, header: Header | None, resumes: bool = True) -> Staircase
     """
     module, data, trainer = cli.model, cli.datamodule, cli.trainer
     check_strategy(trainer.strategy, trainer.precision, module.loading)
+    if module.settings.optimizer == "muon" and isinstance(trainer.strategy, ZeroStrategy):
+        raise InputError(
+            "model.optimizer=muon: its step needs whole matrices, which DeepSpeed cuts in pieces. Set "
+            "trainer.strategy to ddp or auto, or model.optimizer to adamw."
+        )
     if data.tokenizer_source == module.settings.target:
         data.loading = module.loading
     if header is not None and module.settings.stage_layers == "auto":

@@ -1,0 +1,128 @@
+"""What a draft tree is worth: S by width beside the chain's, what more rows cost, and S with that cost charged.
+
+One head, the same prompts and draws for all, one generation after another in turn, so that whatever else the machine
+does falls on all alike. The sharpness of a tree is fitted on prompts of its own. A row's cost is the time of a cycle of
+this engine, which runs all stages one after another, against the chain's: with a rank per stage it is about the same
+ratio, because every stage has the same rows.
+
+    .venv/bin/python benchmarks/tree.py --run runs/tiny      writes records/tree.json, renews docs/quality.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import os
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch  # noqa: E402
+from common import RECORDS, ROOT, console, renew_readme, write_record  # noqa: E402
+
+from spd_lightning.decoding.decoder import SpdDecoder, autoregressive_generate  # noqa: E402
+from spd_lightning.decoding.evaluation import bootstrap_difference  # noqa: E402
+from spd_lightning.decoding.generation import Pooled  # noqa: E402
+from spd_lightning.decoding.tree import Tree, TreeDecoder, fitted_sharpness  # noqa: E402
+from spd_lightning.head.loading import load_head  # noqa: E402
+from spd_lightning.target.loading import load_target, load_tokenizer  # noqa: E402
+
+HELDOUT = ROOT / "src/spd_lightning/embedded/documentation/heldout.jsonl.gz"
+WIDTHS = (1, 2, 3, 4, 6)
+NEW = 64
+
+
+def prompts_of(start: int, stop: int) -> list[list[int]]:
+    """Held-out conversations up to their first answer; no validation of the tiny recipe sees those from 128 on."""
+    tokenizer = load_tokenizer("tiny")
+    with gzip.open(HELDOUT, "rt") as file:
+        rows = [json.loads(line) for line in file][start:stop]
+    return [
+        tokenizer.apply_chat_template(row["messages"][:1], add_generation_prompt=True, tokenize=True, return_dict=False)
+        for row in rows
+    ]
+
+
+def measured(run: Path, count: int, temperature: float) -> dict[str, Any]:
+    target = load_target("tiny")
+    head = load_head(run, target)
+    sharpness = fitted_sharpness(target, head, prompts_of(128, 168), NEW, temperature=temperature)
+    console.print(f"temperature {temperature:g}: sharpness {sharpness:.2f}")
+    arms: dict[str, SpdDecoder] = {"chain": SpdDecoder(target, head)}
+    arms |= {f"tree {k}": TreeDecoder(target, head, Tree(k, sharpness)) for k in WIDTHS}
+    arms["tree 3, newest only"] = TreeDecoder(target, head, Tree(3, sharpness, late=False))
+    arms["tree 3, sharpness 1"] = TreeDecoder(target, head, Tree(3, 1.0))
+    found: dict[str, list[Any]] = {name: [] for name in arms}
+    different = 0
+    prompts = prompts_of(200, 200 + count)
+    for number, prompt in enumerate(prompts):
+        plain = autoregressive_generate(target, prompt, NEW, temperature, seed=number, coupled=True).token_ids
+        for name, decoder in arms.items():
+            one = decoder.generate(prompt, NEW, temperature, seed=number)
+            found[name].append(one)
+            if one.token_ids != plain and (temperature == 0 or name != "chain"):
+                different += 1
+        if (number + 1) % 20 == 0:
+            console.print(f"temperature {temperature:g}: {number + 1} of {len(prompts)} prompts")
+    rows = []
+    for name, generations in found.items():
+        pooled = Pooled.of(generations, len(target.stage_layers or ()))
+        pairs = zip(generations, found["chain"], strict=True)
+        ratios = [
+            (a.decode_seconds / a.cycles) / (b.decode_seconds / b.cycles) for a, b in pairs if a.cycles and b.cycles
+        ]
+        rows.append(
+            {
+                "name": name, "p": pooled.acceptance, "interval": bootstrap_difference(generations),
+                "S": pooled.theoretical_speedup, "cycles": pooled.cycles, "cycle_cost": statistics.median(ratios),
+                "seconds": pooled.decode_seconds,
+            }
+        )  # fmt: skip
+    about = {"temperature": temperature, "sharpness": sharpness, "prompts": len(prompts), "different": different}
+    return about | {"rows": rows}
+
+
+def markdown(found: dict[str, Any]) -> str:
+    lines = []
+    for part in found["parts"]:
+        chain = part["rows"][0]
+        lines += [
+            f"Temperature {part['temperature']:g}, {part['prompts']} held-out prompts x {NEW} tokens, sharpness "
+            f"{part['sharpness']:.2f} (fitted on 40 others); outputs other than plain decoding's: {part['different']}.",
+            "",
+            "| | p | 95 % | S | over the chain | a cycle costs | S with that charged |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for row in part["rows"]:
+            low, high = row["interval"]
+            lines.append(
+                f"| {row['name']} | {row['p']:.3f} | {low:.3f} - {high:.3f} | {row['S']:.2f} | "
+                f"{row['S'] / chain['S'] - 1:+.0%} | {row['cycle_cost']:.2f} x | {row['S'] / row['cycle_cost']:.2f} "
+                f"({row['S'] / row['cycle_cost'] / chain['S'] - 1:+.0%}) |"
+            )
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, required=True, help="a finished run of the tiny recipe")
+    parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--table", action="store_true", help="renew docs/quality.md from the record, measure nothing")
+    options = parser.parse_args()
+    if not options.table:
+        torch.set_num_threads(1)
+        parts = [measured(options.run, options.prompts, temperature) for temperature in (0.0, 1.0)]
+        write_record("tree", {"parts": parts}, threads=1)
+    table = markdown(json.loads((RECORDS / "tree.json").read_text()))
+    renew_readme("tree", table, "docs/quality.md")
+    print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

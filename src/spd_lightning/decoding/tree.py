@@ -1,0 +1,376 @@
+"""Draft trees: up to k continuations enter the pipeline per cycle, and the target's own token says which one was right.
+
+A node is a token that has entered, with a parent one position before it. In every cycle the head drafts after each of
+the newest nodes; of all continuations that are not in flight yet, the k of most value enter next (`Tree`). The nodes
+that entered together go through a stage as rows of one batch, each seeing its own ancestors alone (a mask over one
+cache). When a node leaves the last stage the target's token is known: the child that holds it lives on with its
+descendants, everything else dies. If no child does, it is a restart.
+
+Lossless: the target chooses its token by itself, by argmax or by a draw of its own, and the tree only says whether that
+token is in flight already. So the output is token for token that of plain decoding with the same draws, whatever is
+drafted. Under sampling the draws are coupled: a position has Gumbel noise of its own, the target's token is the best of
+log P + noise, and the likeliest candidates for it are the best of log Q + noise (`Sampling.scores`).
+
+A path through the tree is a sequence with entry cycles that grow along it, so the staircase rule holds for it as it
+stands: a node's rows see its ancestors' rows, whatever gap lies between a parent's entry and a child's.
+
+Shapes: R rows of a pass, A anchors, H hidden, C rows of the caches.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spd_lightning.decoding.decoder import CycleEvent, SpdDecoder
+from spd_lightning.decoding.drafters import Drafter
+from spd_lightning.decoding.sampling import Sampling
+from spd_lightning.decoding.schedule import Cycle
+from spd_lightning.decoding.verdict import Verdicts
+from spd_lightning.errors import InputError
+from spd_lightning.head.loading import draft_logits
+from spd_lightning.head.module import SpeculationHead
+from spd_lightning.target.target import Target
+from spd_lightning.target.tree_cache import TreeCache
+
+
+@dataclass(frozen=True)
+class Tree:
+    """How a draft tree grows.
+
+    A continuation's value is log(chance that its path is the target's) + log(cycles it then saves). The chance is the
+    product along the path of softmax(sharpness x scores of the draft): the law of the target's CHOICE given the draft's
+    scores, not the draft itself. Under greedy decoding the likeliest token is the target's far more often than its
+    probability says, so with a sharpness of 1 confident branches of wrong tokens would crowd out the right one. A child
+    that enters g cycles after its parent saves n - g of the n cycles of a restart.
+
+    Args:
+        width: k, continuations that enter per cycle at most; 1: a chain, as without a tree.
+        sharpness: see `fitted_sharpness`.
+        late: whether an older node's second thoughts may enter too, beside the newest nodes' continuations.
+    """
+
+    width: int = 3
+    sharpness: float = 4.0
+    late: bool = True
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.width <= 16:
+            raise InputError(f"tree width {self.width}: expected 1 to 16 continuations per cycle.")
+        if not (math.isfinite(self.sharpness) and self.sharpness > 0):
+            raise InputError(f"tree sharpness {self.sharpness}: expected a positive number.")
+
+
+@dataclass(eq=False)
+class Node:
+    """A token that has entered.
+
+    Attributes:
+        place: its row in the caches of target and head.
+        entered: its entry cycle.
+        chance: log of the chance that it is the target's token, given its parent.
+        drafts: (token, log chance) of its continuations, the likeliest first, once the head has drafted after it.
+    """
+
+    position: int
+    token: int
+    place: int
+    entered: int
+    chance: float
+    parent: Node | None = None
+    children: list[Node] = field(default_factory=list)
+    drafts: list[tuple[int, float]] = field(default_factory=list)
+
+    def below(self) -> Iterable[Node]:
+        """It and its descendants."""
+        yield self
+        for child in self.children:
+            yield from child.below()
+
+
+class TreeDecoder(SpdDecoder):
+    """`SpdDecoder` with a draft tree instead of a chain; the same output, fewer cycles, more rows per cycle.
+
+    Args:
+        target, head: as there; the head must be a `SpeculationHead`.
+        tree: how it grows.
+
+    Raises:
+        InputError: for a target with recurrent or sliding-window layers, whose states are of one branch.
+    """
+
+    def __init__(self, target: Target, head: SpeculationHead, tree: Tree = Tree()) -> None:  # noqa: B008 (frozen)
+        if other := set(target.layer_kinds) - {"full_attention"}:
+            raise InputError(
+                f"a draft tree of width {tree.width}: branches of this target would need a state each, because it has "
+                f"layers of kind {sorted(other)[0]}. Decode without a tree."
+            )
+        super().__init__(target, head)
+        self.head, self.tree = head, tree
+
+    def _run(
+        self, prompt: list[int], max_new_tokens: int, verdicts: Verdicts, ends: frozenset[int], observed: bool
+    ) -> _TreeRun:
+        if verdicts.forced_acceptance is not None:
+            raise InputError("forced_acceptance is a verdict on one draft: decode without a tree.")
+        coupled = Verdicts(verdicts.draft_ids, replace(verdicts.sampling, coupled=True))
+        return _TreeRun(self.target, self.drafter, self.head, self.tree, prompt, max_new_tokens, coupled)
+
+
+@dataclass
+class _Clock:
+    """What `generate` reads of a schedule."""
+
+    cycle: int
+    restart_positions: list[int]
+
+
+@dataclass
+class _Slot:
+    """Nodes that entered in the same cycle, and where they are: hidden [1, R, H], anchors [A, R, H]."""
+
+    nodes: list[Node]
+    hidden: Tensor
+    anchors: Tensor
+
+    def keep(self, alive: set[int]) -> None:
+        rows = [row for row, node in enumerate(self.nodes) if id(node) in alive]
+        if len(rows) < len(self.nodes):
+            self.nodes = [self.nodes[row] for row in rows]
+            self.hidden, self.anchors = self.hidden[:, rows], self.anchors[:, rows]
+
+
+class _TreeRun:
+    """The state of one generation."""
+
+    schedule: _Clock
+
+    def __init__(
+        self,
+        target: Target,
+        drafter: Drafter,
+        head: SpeculationHead,
+        tree: Tree,
+        prompt: list[int],
+        max_new_tokens: int,
+        verdicts: Verdicts,
+    ) -> None:
+        self.target, self.head, self.tree, self.verdicts, self.prompt = target, head, tree, verdicts, prompt
+        self.staircase = drafter.staircase
+        n = self.staircase.num_stages
+        capacity = len(prompt) + max_new_tokens + (n + 2) * tree.width + 1
+        self.cache = TreeCache(target.num_layers, capacity)
+        # a path may run n positions past the last token
+        self.rotary = target.rotary_table(len(prompt) + max_new_tokens + n + 1)
+        self.head_cache, self.head_rotary = head.new_cache(capacity), head.rotary_table(capacity)
+        self.free = list(reversed(range(len(prompt), capacity)))
+        self.sees = torch.zeros(capacity, capacity, dtype=torch.bool, device=target.device)  # [query's place, place]
+        self.sees[:, : len(prompt)] = True
+        self.hides = torch.tensor(torch.finfo(target.dtype).min, dtype=target.dtype, device=target.device)
+        self.keep = {anchor: row for row, anchor in enumerate(self.staircase.anchors)}
+        bounds = self.staircase.boundaries
+        self.stage_layers = [range(start, stop) for start, stop in pairwise(bounds)]
+        self.slots: dict[int, _Slot] = {}  # entry cycle -> nodes of the last n + 1 cycles
+        self.root: Node  # the last verified token
+
+    def prefill(self) -> int:
+        """Prompt through target and head; returns the first token, which is the target's own."""
+        ids = torch.tensor([self.prompt], device=self.target.device)
+        states, last = self.target(ids, self.staircase.anchors, cache=self.cache)
+        self.head.prefill([state.to(self.head.dtype) for state in states], self.head_cache, self.head_rotary)
+        first = self.verdicts.own(self.target.logits(last[0, -1]), len(self.prompt))
+        self.schedule = _Clock(0, [len(self.prompt)])
+        self.root = self._node(None, len(self.prompt), first, 0.0)
+        self._enter([self.root])
+        return first
+
+    def cycle(self) -> CycleEvent:
+        """Execute one cycle. The head reads what existed at its start, so it goes before the stages."""
+        n, now = self.staircase.num_stages, self.schedule.cycle
+        self._draft(now)
+        stages = []
+        for stage in reversed(range(n)):
+            slot = self.slots.get(now - stage)
+            if slot is not None and slot.nodes:
+                self._stage(stage, slot)
+                stages.append((stage, slot.nodes[0].position))
+        newest = max(node.position for slot in self.slots.values() for node in slot.nodes)
+        leaving = self.slots.get(now - n + 1)
+        emitted = accepted = None
+        at = None
+        if leaving is not None and leaving.nodes:
+            (node,) = leaving.nodes  # its siblings died when its parent left
+            at = node.position
+            emitted, accepted = self._verdict(node, leaving)
+        plan = Cycle(now, tuple(stages), (), newest, at)
+        self.schedule.cycle += 1
+        self.slots.pop(now - n, None)  # finished, and its deepest row is computed
+        entering = [self.root] if accepted is False else self._chosen()
+        self._enter(entering)
+        return CycleEvent(plan, entering[0].token if entering else None, emitted, accepted)
+
+    def end(self, stopped: bool) -> None:
+        """Nothing outlives a generation here."""
+
+    # -- one cycle -----------------------------------------------------------------------------------------------------
+
+    def _draft(self, now: int) -> None:
+        """Rows that are due, of all nodes at once; and continuations after the newest nodes."""
+        due = zip(self.staircase.reachable_blocks, self.staircase.first_depths, strict=True)
+        rows: list[tuple[int, Node, Tensor]] = []
+        for block, depth in reversed(list(due)):
+            slot = self.slots.get(now - depth)
+            if slot is not None:
+                rows += [(block, node, slot.anchors[:, row]) for row, node in enumerate(slot.nodes)]
+        if not rows:
+            return
+        newest = self.slots[now].nodes if now in self.slots else []
+        places = torch.tensor([node.place for _, node, _ in rows], device=self.target.device)
+        positions = torch.tensor([node.position for _, node, _ in rows], device=self.target.device)
+        hidden = self.head.step_rows(
+            [block for block, _, _ in rows], [states for _, _, states in rows], positions, places,
+            self.sees[places], self.head_cache, self.head_rotary, last=len(newest),
+        )  # fmt: skip
+        if not newest:
+            return
+        for node, logits in zip(newest, self.head.logits(hidden), strict=True):
+            scores = self.verdicts.sampling.scores(logits, node.position + 1, self.verdicts.draft_ids)
+            best = (self.tree.sharpness * scores).log_softmax(-1).topk(min(self.tree.width, scores.numel()))
+            node.drafts = [
+                (self.head.full_vocabulary_id(token), chance)
+                for token, chance in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+                if chance > -math.inf
+            ]
+
+    def _stage(self, stage: int, slot: _Slot) -> None:
+        """The rows of a slot through one stage."""
+        places = torch.tensor([node.place for node in slot.nodes], device=self.target.device)
+        positions = torch.tensor([node.position for node in slot.nodes], device=self.target.device)
+        mask = torch.where(self.sees[places], self.hides.new_zeros(()), self.hides)[None, None]
+        self.cache.write_to(places)
+        slot.hidden = self.target.run_layers(
+            slot.hidden,
+            self.stage_layers[stage],
+            positions,
+            self.rotary,
+            self.cache,
+            self.keep,
+            slot.anchors,
+            mask=mask,
+        )
+
+    def _verdict(self, node: Node, slot: _Slot) -> tuple[int, bool]:
+        """The target's token after a node that has left; whatever disagrees with it dies."""
+        token = self.verdicts.own(self.target.logits(slot.hidden)[0, 0], node.position + 1)
+        right = [child for child in node.children if child.token == token]
+        if right:
+            self.root = right[0]
+        else:
+            self.root = self._node(None, node.position + 1, token, 0.0, before=node)
+            self.schedule.restart_positions.append(node.position + 1)
+        node.children, self.root.parent = right, None
+        alive = {id(one) for one in self.root.below()} | {id(node)}
+        for entered, other in list(self.slots.items()):
+            for one in other.nodes:
+                if id(one) not in alive and entered > node.entered:
+                    self.free.append(one.place)
+            if entered > node.entered:
+                other.keep(alive)
+        return token, bool(right)
+
+    def _chosen(self) -> list[Node]:
+        """The continuations that enter next, the most valuable first."""
+        n, after = self.staircase.num_stages, self.schedule.cycle
+        found: list[tuple[float, Node, int, float]] = []
+        newest = max(node.entered for node in self.root.below())
+        for node in self.root.below():
+            gap = after - node.entered
+            if not node.drafts or gap >= n or (node.entered < newest and not self.tree.late):
+                continue
+            path = self._path_chance(node)
+            there = {child.token for child in node.children}
+            for token, chance in node.drafts:
+                if token not in there:
+                    found.append((path + chance + math.log((n - gap) / n), node, token, chance))
+        found.sort(key=lambda one: -one[0])
+        return [
+            self._node(node, node.position + 1, token, chance) for _, node, token, chance in found[: self.tree.width]
+        ]
+
+    def _path_chance(self, node: Node) -> float:
+        """log of the chance that a node is right, given what is verified."""
+        chance = 0.0
+        while node is not self.root:
+            chance += node.chance
+            assert node.parent is not None
+            node = node.parent
+        return chance
+
+    # -- nodes ---------------------------------------------------------------------------------------------------------
+
+    def _node(self, parent: Node | None, position: int, token: int, chance: float, before: Node | None = None) -> Node:
+        """A new node after `parent`, or (a restart) after the finished node `before`, in a row of its own."""
+        place, above = self.free.pop(), parent or before
+        self.sees[place] = self.sees[above.place] if above is not None else False
+        self.sees[place, : len(self.prompt)] = True
+        self.sees[place, place] = True
+        # the cycle is over when it enters
+        made = Node(position, token, place, self.schedule.cycle, chance, parent)
+        if parent is not None:
+            parent.children.append(made)
+        return made
+
+    def _enter(self, nodes: Sequence[Node]) -> None:
+        if not nodes:
+            return
+        for node in nodes:
+            node.entered = self.schedule.cycle
+        hidden = torch.cat([self.target.embed(node.token) for node in nodes], dim=1)
+        anchors = hidden.new_empty(len(self.keep), len(nodes), self.target.hidden_size)
+        anchors[0] = hidden[0]
+        self.slots[self.schedule.cycle] = _Slot(list(nodes), hidden, anchors)
+
+
+def fitted_sharpness(
+    target: Target, head: SpeculationHead, prompts: Iterable[Sequence[int]], max_new_tokens: int = 64, **sampling: Any
+) -> float:
+    """The sharpness under which the target's choices are likeliest, given the drafts' scores for them.
+
+    A chain decodes the prompts; every verified position whose token is in the draft vocabulary counts. Prompts of its
+    own, please, not those that a tree is measured on.
+
+    Args:
+        sampling: temperature, top_k, top_p, seed of `SpdDecoder.generate`; the fit holds for them.
+    """
+    from scipy.optimize import minimize_scalar
+
+    decoder = TreeDecoder(target, head, Tree(width=1, late=False))
+    law = Sampling(**sampling)
+    ids = head.draft_token_ids
+    scores: list[Tensor] = []
+    chosen: list[int] = []
+    for prompt in prompts:
+        found = decoder.generate(prompt, max_new_tokens, **sampling)
+        whole = [*prompt, *found.token_ids]
+        logits = draft_logits(target, head, torch.tensor([whole], device=target.device), found.restart_positions)[0]
+        for position in range(len(prompt) + 1, len(whole)):
+            index = whole[position] if ids is None else int((ids == whole[position]).nonzero().sum())
+            if ids is None or int(ids[index]) == whole[position]:
+                scores.append(law.scores(logits[position - 1], position, ids))
+                chosen.append(index)
+    if not scores:
+        raise InputError("a tree's sharpness cannot be fitted: no prompt gave a token of the draft vocabulary.")
+    table, places = torch.stack(scores), torch.tensor(chosen)[:, None]
+    table = table - table.amax(-1, keepdim=True)
+
+    def surprise(log_sharpness: float) -> float:
+        laws = (math.exp(log_sharpness) * table).log_softmax(-1)
+        return -float(laws.gather(-1, places).clamp(min=-50).mean())  # outside of top-p: surprising, not infinite
+
+    return math.exp(minimize_scalar(surprise, bounds=(math.log(0.1), math.log(30.0)), method="bounded").x)
