@@ -257,6 +257,14 @@ def test_piped_output_is_the_text_alone_and_the_statistics_go_to_stderr(argument
     assert f"{figures['cycles']} cycles" in line and "prefill" in line and "simulated clock" in line
 
 
+@pytest.mark.parametrize("temperature", ["0", "0.8"])
+def test_a_tree_gives_the_text_of_plain_decoding_and_says_what_it_took(arguments, capsys, temperature):
+    words = ["--prompt", "the list", "--tree", "3", "--baseline", "--temperature", temperature]
+    assert cli.main([*arguments, *words]) == 0
+    found = capsys.readouterr()
+    assert "acceptance p = " in found.err and "identical" in found.err
+
+
 def test_the_json_file_holds_the_generation_and_every_cycle(arguments, models, tokenizer, tmp_path):
     from spd_lightning.head.loading import load_head
     from spd_lightning.target.loading import load_target
@@ -401,6 +409,9 @@ def test_ctrl_c_while_decoding_ends_the_line_and_the_program(arguments, capsys, 
         (["--num-stages", "2"], "stages"),
         (["--device", "abacus"], "--device abacus"),
         (["--head", "./nothere"], "nothere"),
+        (["--tree", "0"], "tree width 0: expected 1 to 16"),
+        (["--tree-sharpness", "2"], "--tree-sharpness 2 belongs to a tree: give --tree K too"),
+        (["--tree", "2", "--workers", "4"], "--tree 2: a draft tree does not go together with --workers"),
         (["--json", "nothere/out.json"], "does not exist"),
     ],
 )

@@ -96,7 +96,7 @@ def test_the_rate_rises_to_its_peak_and_falls_to_its_end(schedule: str) -> None:
         scheduler.step()
     assert all(len(one) == 1 for one in rates), "one rate for both parts"
     values = [one.pop() for one in rates]
-    assert values[0] < 0.15 and values[10] == pytest.approx(1.0) and values[100] == pytest.approx(0.2)
+    assert values[0] <= 0.2 and values[10] == pytest.approx(1.0) and values[100] == pytest.approx(0.2)
     assert values[10:] == sorted(values[10:], reverse=True)
     half = {"linear": 0.6, "cosine": 0.6}[schedule]
     assert values[55] == pytest.approx(half, abs=0.01)

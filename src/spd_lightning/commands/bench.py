@@ -132,7 +132,12 @@ def _run(options: Namespace, me: Member | None) -> int:
             "stage_layers": list(models.head.config.stage_layers),
         },
         "settings": settings.fields(),
-        "engine": {"ranks": ranks, "head_alone": ranks > models.head.staircase.num_stages, **_engine(options, ranks)},
+        "engine": {
+            "ranks": ranks,
+            "head_alone": ranks > models.head.staircase.num_stages,
+            **_engine(options, ranks),
+            **({} if options.tree is None else {"tree": asdict(models.decoder.tree)}),  # type: ignore[attr-defined]
+        },
         "prompt_sets": [_described(one) for one in sets],
     }
     journal = Rows(options.output.with_name(f".{options.output.name}.journal"), about)

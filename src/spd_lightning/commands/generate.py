@@ -161,7 +161,8 @@ def _tell(turn: Turn, session: Session) -> None:
     sys.stdout.flush()
     _note(("interrupted | " if turn.interrupted else "") + statistics(turn.generation))
     if turn.baseline is not None:
-        _note(comparison(turn.generation, turn.baseline, session.sampling.greedy))
+        same_draws = session.sampling.greedy or session.options.tree is not None
+        _note(comparison(turn.generation, turn.baseline, same_draws))
 
 
 def _check(options: Namespace) -> None:
@@ -240,7 +241,8 @@ class Session:
                 if events:
                     stream.finish()
         if self.options.baseline:
-            baseline = autoregressive_generate(self.models.target, ids, **arguments)
+            coupled = self.options.tree is not None  # the draws of a tree, so that the texts are the same
+            baseline = autoregressive_generate(self.models.target, ids, **arguments, coupled=coupled)
         text = self.models.decode(generation.token_ids)
         if self.remembers and self.chats:
             self.messages = [*asked, {"role": "assistant", "content": text}]
@@ -339,10 +341,10 @@ def total(generations: Sequence[Generation]) -> str:
     return f"{line} | acceptance p = {pooled.acceptance:.3f} | S = {pooled.theoretical_speedup:.2f}"
 
 
-def comparison(found: Generation, baseline: Generation, greedy: bool) -> str:
-    """One line about the baseline; under greedy decoding whether the outputs are the same, as they must be."""
+def comparison(found: Generation, baseline: Generation, same_draws: bool) -> str:
+    """One line about the baseline; with the same draws (or none) whether outputs are the same, as they must be."""
     line = f"baseline: {statistics(baseline)}"
-    if not greedy:
+    if not same_draws:
         return f"{line} | sampled with other random numbers: the same law, not the same text"
     if found.token_ids == baseline.token_ids:
         return f"{line} | identical output"

@@ -14,6 +14,7 @@ from spd_lightning.errors import InputError
 if TYPE_CHECKING:
     from spd_lightning.decoding.decoder import SpdDecoder
     from spd_lightning.decoding.launch import Member
+    from spd_lightning.decoding.tree import Tree
     from spd_lightning.head.module import SpeculationHead
     from spd_lightning.target.target import Target
 
@@ -54,6 +55,35 @@ def add_model_flags(parser: CommandParser, head_required: bool = False) -> None:
         "--head", required=head_required, help="run directory, exported folder, hub id, .ckpt or version-11 .pt"
     )
     models.add_argument("--num-stages", type=int, metavar="N", help="refuse a head with other than N stages")
+    tree = parser.add_argument_group(
+        "draft tree", "more than one continuation per cycle, as rows of one pass; in one process, for full attention"
+    )
+    tree.add_argument("--tree", type=int, metavar="K", help="up to K continuations enter per cycle (default: a chain)")
+    tree.add_argument(
+        "--tree-sharpness", type=float, metavar="X",
+        help="the target's choice is surer than a draft's probabilities by this factor of logits (docs/quality.md)",
+    )  # fmt: skip
+
+
+def check_tree(options: Namespace, ranks: bool) -> Tree | None:
+    """The tree that flags ask for.
+
+    Raises:
+        InputError: it cannot be, with what else is asked for.
+    """
+    if options.tree is None:
+        if options.tree_sharpness is not None:
+            raise InputError(f"--tree-sharpness {options.tree_sharpness:g} belongs to a tree: give --tree K too.")
+        return None
+    for name, wrong in (("--workers", ranks), ("--forced-acceptance", getattr(options, "forced_acceptance", None))):
+        if wrong:
+            raise InputError(f"--tree {options.tree}: a draft tree does not go together with {name}. Leave one out.")
+    if options.head is None:
+        raise InputError(f"--tree {options.tree}: a draft tree needs a head: give --head.")
+    from spd_lightning.decoding.tree import Tree
+
+    sharpness = {} if options.tree_sharpness is None else {"sharpness": options.tree_sharpness}
+    return Tree(options.tree, **sharpness)
 
 
 def add_target_flags(parser: CommandParser) -> Any:
@@ -94,9 +124,11 @@ def load_models(options: Namespace, me: Member | None = None, whole: bool = True
     from transformers.utils.logging import disable_progress_bar
 
     from spd_lightning.decoding.decoder import SpdDecoder
+    from spd_lightning.decoding.tree import TreeDecoder
     from spd_lightning.head.loading import load_head
     from spd_lightning.target.loading import check_target, load_target, load_tokenizer
 
+    tree = check_tree(options, me is not None)
     if me is not None:
         from spd_lightning.commands.ranks import load_rank
 
@@ -108,7 +140,11 @@ def load_models(options: Namespace, me: Member | None = None, whole: bool = True
     tokenizer = load_tokenizer(options.target, loading)
     target = load_target(options.target, num_stages=options.num_stages, device=device, loading=loading)
     head = None if options.head is None else load_head(options.head, target)
-    return Models(tokenizer, target, head, None if head is None else SpdDecoder(target, head))
+    if head is None:
+        return Models(tokenizer, target, None, None)
+    return Models(
+        tokenizer, target, head, SpdDecoder(target, head) if tree is None else TreeDecoder(target, head, tree)
+    )
 
 
 def torch_device(name: str) -> Any:

@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spd_lightning.commands.models import check_tree
 from spd_lightning.commands.parsing import CommandParser
 from spd_lightning.errors import InputError
 from spd_lightning.files import write_whole
@@ -56,6 +57,7 @@ def on_ranks(command: str, argv: Sequence[str], options: Namespace, run: Callabl
         raise InputError(f"--trace {options.trace}: the folder {options.trace.parent} does not exist.")
     if options.workers is not None and launched() and not started_here():
         raise InputError(f"--workers {options.workers}: a launcher has started ranks already: leave --workers out.")
+    check_tree(options, launched() or options.workers is not None)  # before any process is started
     if not launched():
         if options.workers is not None:
             from spd_lightning.decoding.workers import start_workers

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Container, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Protocol
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from spd_lightning.decoding.drafters import Draft, Drafter, HeadDrafter
 from spd_lightning.decoding.generation import Generation
-from spd_lightning.decoding.sampling import Sampling
+from spd_lightning.decoding.sampling import CoupledSampling, Sampling
 from spd_lightning.decoding.schedule import Cycle, PipelineSchedule
 from spd_lightning.decoding.verdict import Verdicts
 from spd_lightning.errors import InputError
@@ -276,7 +276,8 @@ def autoregressive_generate(
     `coupled`: the same draws as of a draft tree, see `Sampling`.
     """
     prompt = checked_prompt(target, input_ids, max_new_tokens)
-    verdicts = Verdicts(None, replace(_sampling(temperature, top_k, top_p, seed), coupled=coupled))
+    sampling = _sampling(temperature, top_k, top_p, seed)
+    verdicts = Verdicts(None, CoupledSampling(**asdict(sampling)) if coupled else sampling)
     ends = target.end_of_sequence_ids(eos_token_id)
     began = time.perf_counter()
     capacity = len(prompt) + max_new_tokens

@@ -7,6 +7,7 @@ Probabilities are float64: 1e5 summands lose no digit that a chi-square test cou
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,14 +25,14 @@ class Sampling:
         top_k: keep the k most likely tokens; 0 keeps all.
         top_p: then keep the fewest tokens whose probabilities sum to at least top_p; 1 keeps all.
         seed: of the counter-based draws.
-        coupled: the target's own tokens are drawn with the noise of their position, see `scores`.
     """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
-    coupled: bool = False
+    #: Whether the target's own tokens are drawn with the noise of their position, see `scores`.
+    coupled: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not self.temperature >= 0 or self.temperature == float("inf"):
@@ -79,6 +80,13 @@ class Sampling:
         size = logits.numel() if ids is None else int(ids.max()) + 1
         noise = torch.from_numpy(gumbel(self.seed, position, size))
         return self.law(logits).log() + (noise if ids is None else noise[ids.cpu()])
+
+
+@dataclass(frozen=True)
+class CoupledSampling(Sampling):
+    """The same laws, drawn with noise that drafts know: what a draft tree samples by."""
+
+    coupled: ClassVar[bool] = True
 
 
 def draw(law: Tensor, uniform: float) -> int:

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -30,7 +30,7 @@ from torch import Tensor
 
 from spd_lightning.decoding.decoder import CycleEvent, SpdDecoder
 from spd_lightning.decoding.drafters import Drafter
-from spd_lightning.decoding.sampling import Sampling
+from spd_lightning.decoding.sampling import CoupledSampling, Sampling
 from spd_lightning.decoding.schedule import Cycle
 from spd_lightning.decoding.verdict import Verdicts
 from spd_lightning.errors import InputError
@@ -119,7 +119,7 @@ class TreeDecoder(SpdDecoder):
     ) -> _TreeRun:
         if verdicts.forced_acceptance is not None:
             raise InputError("forced_acceptance is a verdict on one draft: decode without a tree.")
-        coupled = Verdicts(verdicts.draft_ids, replace(verdicts.sampling, coupled=True))
+        coupled = Verdicts(verdicts.draft_ids, CoupledSampling(**asdict(verdicts.sampling)))
         return _TreeRun(self.target, self.drafter, self.head, self.tree, prompt, max_new_tokens, coupled)
 
 
