@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, console, write_record
+from common import ROOT, console, renew_readme, write_record
 
 RUNS = ROOT / "runs" / "quality"
 PUBLISHED = "recipes/overlays/published.yaml"
@@ -75,14 +75,21 @@ def _loss(**weights: float) -> dict[str, Any]:
 NORM = {"model.head.anchor_norm": "true"}
 MUON = {"model.optimizer": "muon"}
 
+BEST = NORM | MUON | _lr(2e-3)
+
 SCREEN = [
     *(Variant(f"published-lr{lr:g}", _lr(lr), published=True) for lr in (1e-3, 2e-3, 4e-3)),
-    *(Variant(f"published-b4-lr{lr:g}", _lr(lr), published=True, batch=4) for lr in (1e-3, 2e-3)),
-    Variant("plain", {}),
     *(Variant(f"norm-lr{lr:g}", NORM | _lr(lr)) for lr in (2e-3, 4e-3)),
-    *(Variant(f"norm-b4-lr{lr:g}", NORM | _lr(lr), batch=4) for lr in (1e-3, 2e-3)),
     *(Variant(f"norm-muon-lr{lr:g}", NORM | MUON | _lr(lr)) for lr in (2e-3, 4e-3)),
-    Variant("norm-muon-b4-lr2e-3", NORM | MUON | _lr(2e-3), batch=4),
+    Variant("norm-muon-b4-lr0.002", BEST, batch=4),
+    Variant("published-b4-lr0.001", _lr(1e-3), published=True, batch=4),
+    Variant("norm-muon-ce", BEST | _loss(kl=1.0, ce=0.5)),
+    Variant("norm-muon-deeper", BEST | _loss(kl=1.0, deeper_rows=0.3)),
+    Variant("norm-muon-lk_hybrid", BEST | _loss(lk_hybrid=1.0)),
+    Variant("norm-muon-warm", BEST | {"model.head.kind": "target", "model.head.warm_start": "true"}),
+    Variant("norm-muon-restart0.25", BEST | {"model.restart_rate": 0.25}),
+    Variant("muon-lr0.002", MUON | _lr(2e-3)),
+    Variant("norm-b4-lr0.001", NORM | _lr(1e-3), batch=4),
 ]
 
 
@@ -101,7 +108,7 @@ def run(variant: Variant, threads: int) -> None:
         return
     shutil.rmtree(variant.folder, ignore_errors=True)
     variant.folder.parent.mkdir(parents=True, exist_ok=True)
-    log = variant.folder.with_suffix(".log")
+    log = variant.folder.with_name(f"{variant.folder.name}.log")
     words = [sys.executable, "-m", "spd_lightning", *variant.words(), f"--run_dir={variant.folder}"]
     began = time.monotonic()
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "WANDB_MODE": "disabled"}
@@ -156,7 +163,29 @@ def main() -> int:
         console.print(f"{row['name']:28s} s{row['seed']} {reached} | {forced} | {row['seconds']:.0f} s")
     if not options.list:
         write_record(f"quality_{options.study}", {"rows": rows, "conversations": ROWS}, threads=options.jobs)
+        renew_readme(f"quality_{options.study}", markdown(rows), "docs/quality.md")
     return 0
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """Acceptance beside the best published run's, with what was changed."""
+    baseline = max((row for row in rows if row["name"].startswith("published")), key=lambda row: row["p"])
+    lines = [
+        f"{rows[0]['tokens'] / 1e6:.2f} M training tokens, one seed, 60 held-out prompts x 64 tokens, greedy. The last "
+        "column is the rejection rate over that of the best published run.",
+        "",
+        "| run | batch | p | 95 % | S | teacher-forced top-1 | hit@2 | minutes | (1 - p) ratio |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in sorted(rows, key=lambda row: -row["p"]):
+        low, high = row["interval"]
+        ratio = (1 - row["p"]) / (1 - baseline["p"])
+        lines.append(
+            f"| {row['name']} | {row['batch']} | {row['p']:.3f} | {low:.3f} - {high:.3f} | {row['S']:.2f} | "
+            f"{row['teacher_forced_top1']:.3f} | {row['teacher_forced_hit2']:.3f} | {row['seconds'] / 60:.0f} | "
+            f"{ratio:.2f} |"
+        )
+    return "\n".join(lines)
 
 
 STUDIES = {"screen": SCREEN}

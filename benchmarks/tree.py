@@ -32,7 +32,7 @@ from spd_lightning.head.loading import load_head  # noqa: E402
 from spd_lightning.target.loading import load_target, load_tokenizer  # noqa: E402
 
 HELDOUT = ROOT / "src/spd_lightning/embedded/documentation/heldout.jsonl.gz"
-WIDTHS = (1, 2, 3, 4, 6)
+WIDTHS = (1, 2, 3, 4)
 NEW = 64
 
 
