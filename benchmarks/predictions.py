@@ -22,7 +22,7 @@ TARGETS = {
     "Qwen3.5-4B": {"layers": 32, "layer": 105e6, "lm_head": 636e6, "hidden": 2560},
     "Qwen3.5-9B": {"layers": 32, "layer": 220e6, "lm_head": 1017e6, "hidden": 4096},
 }
-ASSUMED = {
+ASSUMED: dict[str, Any] = {
     "bytes_per_weight": 2,
     "memory_bandwidth_bytes_per_second": 4.8e12,
     "bandwidth_achieved": 0.7,
@@ -49,8 +49,8 @@ def acceptance(n: int, S: float) -> float:
 
 def seconds(weights: float, layers: float) -> float:
     """Reading so many weights once, in so many layers."""
-    rate = ASSUMED["memory_bandwidth_bytes_per_second"] * ASSUMED["bandwidth_achieved"]  # type: ignore[operator]
-    return weights * ASSUMED["bytes_per_weight"] / rate + layers * ASSUMED["seconds_of_launches_per_layer"]  # type: ignore[operator]
+    rate = ASSUMED["memory_bandwidth_bytes_per_second"] * ASSUMED["bandwidth_achieved"]
+    return weights * ASSUMED["bytes_per_weight"] / rate + layers * ASSUMED["seconds_of_launches_per_layer"]
 
 
 def predict(name: str, n: int, link: str) -> dict[str, Any]:
@@ -59,15 +59,15 @@ def predict(name: str, n: int, link: str) -> dict[str, Any]:
     rows = 5 * 3 * H * H  # W_k of five blocks, (k + 1) H x H each
     overhead = ASSUMED["seconds_of_host_per_cycle"]
     costs = Costs(
-        stages=tuple(seconds(count * target["layer"], count) + overhead for count in layers),  # type: ignore[operator]
+        stages=tuple(seconds(count * target["layer"], count) + overhead for count in layers),
         verification=seconds(target["lm_head"], 1),
         head=seconds(head_layers * target["layer"] + rows + ASSUMED["draft_vocabulary"] * H, head_layers + 1),
         head_alone=True,
         layers_per_stage=max(layers),
-        **ASSUMED["links"][link],  # type: ignore[index]
+        **ASSUMED["links"][link],
     )
     p = acceptance(n, S)
-    tokens = int(ASSUMED["tokens"])  # type: ignore[call-overload]
+    tokens = int(ASSUMED["tokens"])
     played = simulate(costs, coins(p), tokens)
     plain = seconds(target["layers"] * target["layer"] + target["lm_head"], target["layers"] + 1)
     return {

@@ -123,7 +123,7 @@ def _run(options: Namespace, me: Member | None) -> int:
     for one in sets:
         if one.too_long:
             print(f"{one.name}: {len(one.too_long)} prompts exceed the context and are left out", file=sys.stderr)
-    about = {
+    about: dict[str, Any] = {
         "target": asdict(models.target.identity) | {"loaded_as": str(models.target.dtype).removeprefix("torch.")},
         "head": {
             "name": Path(options.head).name,
@@ -161,7 +161,7 @@ def _run(options: Namespace, me: Member | None) -> int:
         "metrics": metrics,
         "rows": [row_fields(row, n) for row in journal.rows],
     }
-    name = about["head"]["name"] + _forced(options)  # type: ignore[index,operator]
+    name = about["head"]["name"] + _forced(options)
     table = markdown(metrics, name, n)
     write_whole(options.output, _as_json(record), "--output")
     write_whole(options.output.with_suffix(".md"), table, "--output")
