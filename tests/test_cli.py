@@ -16,6 +16,7 @@ import spd_lightning
 from spd_lightning import cli
 from spd_lightning.commands import fit as fit_command
 from spd_lightning.errors import InputError
+from spd_lightning.files import recipe_folder
 from spd_lightning.training import cli as training_cli
 
 HEAVY = ("torch", "transformers", "lightning", "matplotlib", "omegaconf", "numpy")
@@ -176,8 +177,8 @@ def test_an_installed_package_finds_its_recipes_inside_itself(tmp_path):
     inside, checkout = tmp_path / "site-packages" / "spd_lightning", tmp_path / "project" / "src" / "spd_lightning"
     (inside / "recipes").mkdir(parents=True)
     checkout.mkdir(parents=True)
-    assert fit_command.recipe_folder(inside) == inside / "recipes"
-    assert fit_command.recipe_folder(checkout) == tmp_path / "project" / "recipes"
+    assert recipe_folder(inside) == inside / "recipes"
+    assert recipe_folder(checkout) == tmp_path / "project" / "recipes"
 
 
 def test_an_existing_file_wins_over_a_recipe_of_that_name(tmp_path, monkeypatch):

@@ -10,9 +10,8 @@ from typing import Any
 from spd_lightning.errors import InputError
 
 
-def recipe_folder() -> Path:
+def recipe_folder(package: Path = Path(__file__).resolve().parent) -> Path:  # noqa: B008 (a constant)
     """A wheel carries the recipes inside the package; in a checkout they lie at its root."""
-    package = Path(__file__).resolve().parent
     inside = package / "recipes"
     return inside if inside.is_dir() else package.parents[1] / "recipes"
 

@@ -237,7 +237,7 @@ def test_a_damaged_config_json_is_one_line(content: str, tmp_path: Path, capsys:
     assert cli.main(["plan", "--config", "tiny", "--model.target", str(tmp_path)]) == 2
     found = capsys.readouterr()
     assert found.out == "" and found.err.startswith("error: ") and len(found.err.splitlines()) == 1
-    assert f"target={str(tmp_path)!r} has no readable config.json" in found.err
+    assert str(tmp_path) in found.err and "config.json" in found.err
 
 
 def test_all_targets_of_recipes_are_planned_from_config_json_alone(folder_of: Callable[[str], str]) -> None:

@@ -117,7 +117,7 @@ def test_ranks_do_not_outlive_the_process_that_started_them(long_head: tuple[Pat
     with started(folder, head, port) as (process, ranks):
         os.kill(process.pid, signal.SIGKILL)
         until(lambda: all(map(gone, ranks)), "the end of the ranks", 30)
-        assert is_free(port)
+        until(lambda: is_free(port), "the port", 30)
 
 
 @pytest.mark.slow

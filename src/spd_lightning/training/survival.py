@@ -240,8 +240,11 @@ class RankWatch(L.Callback):
             thread.start()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        if not isinstance(exception, StoppedError):
-            self._leave(f"rank {trainer.global_rank} ({socket.gethostname()}) ended: {first_line(exception)}")
+        # Lightning tears no callback down after an exception, and a process whose thread is in the store's code when it
+        # ends may be aborted: a run that is stopped leaves here
+        stopped = isinstance(exception, StoppedError)
+        message = f"rank {trainer.global_rank} ({socket.gethostname()}) ended: {first_line(exception)}"
+        self._leave(None if stopped else message)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._leave(None)
