@@ -57,7 +57,7 @@ class Tree:
     """
 
     width: int = 3
-    sharpness: float = 4.0
+    sharpness: float = 2.5
     late: bool = True
 
     def __post_init__(self) -> None:
