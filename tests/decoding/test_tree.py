@@ -161,12 +161,12 @@ def broken(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     right = _TreeRun._node
 
     def node(self: _TreeRun, parent: Node | None, *arguments: Any, **more: Any) -> Node:
-        made = right(self, parent, *arguments, **more)
+        made, P = right(self, parent, *arguments, **more), len(self.prompt)
         if how == "siblings are seen" and parent is not None:
             for child in parent.children:
-                self.sees[made.place, child.place] = True
+                self.sees[made.place - P, child.place - P] = True
         if how == "parents are not seen" and parent is not None:
-            self.sees[made.place, parent.place] = False
+            self.sees[made.place - P, parent.place - P] = False
         return made
 
     def keep(self: Any, alive: set[int]) -> None:

@@ -256,6 +256,14 @@ def test_deeper_rows_add_the_mean_loss_of_the_same_tokens(make_module: Callable[
     torch.testing.assert_close(found[0.7][1], found[0.0][1], msg="statistics are of the rows that draft")
 
 
+def test_a_head_of_one_block_has_no_deeper_rows_to_train(make_module: Callable[..., SpdModule]) -> None:
+    batch, losses = padded(random_samples(3, 4)), []
+    for weight in (0.0, 0.7):
+        module = make_module(head=HeadOptions(anchors=[0]), loss=Loss(deeper_rows=weight))
+        losses.append(float(module.loss(batch, statistics=False)[0]))
+    assert losses[0] == losses[1] > 0
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_a_warm_start_is_the_targets_last_layers(make_target: Callable[..., Any], name: str) -> None:
     target = make_target(name, 4, num_stages=2)

@@ -90,7 +90,9 @@ def _run(options: Namespace, me: Member | None) -> int:
     from spd_lightning.bench.measure import Settings, fits
     from spd_lightning.bench.prompts import read_prompts
     from spd_lightning.bench.record import FORMAT, Rows, clock, figures, markdown, row_fields
+    from spd_lightning.decoding.pipeline import PipelineDecoder
     from spd_lightning.decoding.sampling import Sampling
+    from spd_lightning.decoding.tree import TreeDecoder
     from spd_lightning.head.digest import weights_digest
     from spd_lightning.provenance import machine, provenance
 
@@ -102,8 +104,9 @@ def _run(options: Namespace, me: Member | None) -> int:
         Sampling(temperature, options.top_k, options.top_p)
     models = load_models(options, me)
     assert models.head is not None and models.decoder is not None
-    if me is not None and not models.decoder.leads:  # type: ignore[attr-defined]
-        return follow(models.decoder)  # type: ignore[arg-type]
+    pipeline = models.decoder if isinstance(models.decoder, PipelineDecoder) else None
+    if pipeline is not None and not pipeline.leads:
+        return follow(pipeline)
     _check_output(options)
     ranks = models.decoder.ranks
     if not models.chats and not options.raw:
@@ -136,18 +139,16 @@ def _run(options: Namespace, me: Member | None) -> int:
             "ranks": ranks,
             "head_alone": ranks > models.head.staircase.num_stages,
             **_engine(options, ranks),
-            **({} if options.tree is None else {"tree": asdict(models.decoder.tree)}),  # type: ignore[attr-defined]
+            **({"tree": asdict(models.decoder.tree)} if isinstance(models.decoder, TreeDecoder) else {}),
         },
         "prompt_sets": [_described(one) for one in sets],
     }
     journal = Rows(options.output.with_name(f".{options.output.name}.journal"), about)
     try:
         _measure(models, sets, settings, options.warmup, journal)
-    except KeyboardInterrupt:
-        print(f"\n{len(journal.rows)} rows are kept: the same command goes on from here.", file=sys.stderr)
-        journal.close()
-        raise
-    except Exception:
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            print(f"\n{len(journal.rows)} rows are kept: the same command goes on from here.", file=sys.stderr)
         journal.close()
         raise
     n = models.head.staircase.num_stages
@@ -167,8 +168,8 @@ def _run(options: Namespace, me: Member | None) -> int:
     write_whole(options.output.with_suffix(".md"), table, "--output")
     journal.close(remove=True)
     status = _report(options, metrics, n, ranks)
-    if me is not None:
-        finish(models.decoder, options)  # type: ignore[arg-type]
+    if pipeline is not None:
+        finish(pipeline, options)
     return status
 
 

@@ -50,11 +50,17 @@ def parser() -> CommandParser:
     measured.add_argument("--port", type=int, default=0, metavar="P", help="where ranks meet (default: a free port)")
     given = made.add_argument_group("computed", "from a description of the machine; only the target's config is read")
     given.add_argument("--bandwidth", metavar="RATE", help="of memory, such as 3.35TB/s or 40GB/s")
-    given.add_argument("--achieved", type=float, metavar="SHARE", help="of it (default: 0.7)")
-    given.add_argument("--launch-ms", type=float, metavar="MS", help="of a layer, beside its bytes (default: 0.06)")
-    given.add_argument("--send-ms", type=float, metavar="MS", help="busy handing over (default: 0.02)")
-    given.add_argument("--latency-ms", type=float, metavar="MS", help="of a message (default: 0.03)")
-    given.add_argument("--tell-ms", type=float, metavar="MS", help="of a verdict (default: 0.015)")
+    given.add_argument("--achieved", type=float, metavar="SHARE", help=f"of it (default: {_ASSUMED['achieved']})")
+    given.add_argument(
+        "--launch-ms", type=float, metavar="MS", help=f"of a layer, beside its bytes (default: {_ASSUMED['launch_ms']})"
+    )
+    given.add_argument(
+        "--send-ms", type=float, metavar="MS", help=f"busy handing over (default: {_ASSUMED['send_ms']})"
+    )
+    given.add_argument(
+        "--latency-ms", type=float, metavar="MS", help=f"of a message (default: {_ASSUMED['latency_ms']})"
+    )
+    given.add_argument("--tell-ms", type=float, metavar="MS", help=f"of a verdict (default: {_ASSUMED['tell_ms']})")
     return made
 
 

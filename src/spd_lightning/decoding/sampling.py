@@ -66,7 +66,7 @@ class Sampling:
         return law
 
     def scores(self, logits: Tensor, position: int, ids: Tensor | None = None) -> Tensor:
-        """[V], float64 on the CPU, of logits [V]; the best is the choice for a position.
+        """[V], float64, of logits [V]; the best is the choice for a position. On the CPU, but for greedy choices.
 
         Greedy: the logits themselves. Else the law's logarithm plus the Gumbel noise of the position, whose best is an
         exact draw from the law. Target and drafts share that noise, so they agree more often than two draws would,
@@ -76,7 +76,7 @@ class Sampling:
             ids: [V] target ids of these logits; None: all of them in order.
         """
         if self.greedy:
-            return logits.detach().double().cpu()
+            return logits.detach().double()
         size = logits.numel() if ids is None else int(ids.max()) + 1
         noise = torch.from_numpy(gumbel(self.seed, position, size))
         return self.law(logits).log() + (noise if ids is None else noise[ids.cpu()])

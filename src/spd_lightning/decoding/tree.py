@@ -26,6 +26,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from spd_lightning.decoding.decoder import CycleEvent, SpdDecoder
@@ -166,12 +167,13 @@ class _TreeRun:
         n = self.staircase.num_stages
         capacity = len(prompt) + max_new_tokens + (n + 2) * tree.width + 1
         self.cache = TreeCache(target.num_layers, capacity)
-        # a path may run n positions past the last token
-        self.rotary = target.rotary_table(len(prompt) + max_new_tokens + n + 1)
-        self.head_cache, self.head_rotary = head.new_cache(capacity), head.rotary_table(capacity)
+        longest = len(prompt) + max_new_tokens + n + 1  # a path may run n positions past the last token
+        self.rotary, self.head_rotary = target.rotary_table(longest), head.rotary_table(longest)
+        self.head_cache = head.new_cache(capacity)
         self.free = list(reversed(range(len(prompt), capacity)))
-        self.sees = torch.zeros(capacity, capacity, dtype=torch.bool, device=target.device)  # [query's place, place]
-        self.sees[:, : len(prompt)] = True
+        # [query's place, place] of what is generated, counted from the prompt's end: everybody sees the prompt
+        nodes = capacity - len(prompt)
+        self.sees = torch.zeros(nodes, nodes, dtype=torch.bool, device=target.device)
         self.hides = torch.tensor(torch.finfo(target.dtype).min, dtype=target.dtype, device=target.device)
         self.keep = {anchor: row for row, anchor in enumerate(self.staircase.anchors)}
         bounds = self.staircase.boundaries
@@ -235,7 +237,7 @@ class _TreeRun:
         positions = torch.tensor([node.position for _, node, _ in rows], device=self.target.device)
         hidden = self.head.step_rows(
             [block for block, _, _ in rows], [states for _, _, states in rows], positions, places,
-            self.sees[places], self.head_cache, self.head_rotary, last=len(newest),
+            self._seen(places), self.head_cache, self.head_rotary, last=len(newest),
         )  # fmt: skip
         if not newest:
             return
@@ -252,7 +254,7 @@ class _TreeRun:
         """The rows of a slot through one stage."""
         places = torch.tensor([node.place for node in slot.nodes], device=self.target.device)
         positions = torch.tensor([node.position for node in slot.nodes], device=self.target.device)
-        mask = torch.where(self.sees[places], self.hides.new_zeros(()), self.hides)[None, None]
+        mask = torch.where(self._seen(places), self.hides.new_zeros(()), self.hides)[None, None]
         self.cache.write_to(places)
         slot.hidden = self.target.run_layers(
             slot.hidden,
@@ -264,6 +266,10 @@ class _TreeRun:
             slot.anchors,
             mask=mask,
         )
+
+    def _seen(self, places: Tensor) -> Tensor:
+        """[R, C] bool: the cached rows that rows at these places see."""
+        return F.pad(self.sees[places - len(self.prompt)], (len(self.prompt), 0), value=True)
 
     def _verdict(self, node: Node, slot: _Slot) -> tuple[int, bool]:
         """The target's token after a node that has left; whatever disagrees with it dies."""
@@ -317,9 +323,9 @@ class _TreeRun:
     def _node(self, parent: Node | None, position: int, token: int, chance: float, before: Node | None = None) -> Node:
         """A new node after `parent`, or (a restart) after the finished node `before`, in a row of its own."""
         place, above = self.free.pop(), parent or before
-        self.sees[place] = self.sees[above.place] if above is not None else False
-        self.sees[place, : len(self.prompt)] = True
-        self.sees[place, place] = True
+        row, P = place - len(self.prompt), len(self.prompt)
+        self.sees[row] = self.sees[above.place - P] if above is not None else False
+        self.sees[row, row] = True
         # the cycle is over when it enters
         made = Node(position, token, place, self.schedule.cycle, chance, parent)
         if parent is not None:
@@ -348,8 +354,6 @@ def fitted_sharpness(
     Args:
         sampling: temperature, top_k, top_p, seed of `SpdDecoder.generate`; the fit holds for them.
     """
-    from scipy.optimize import minimize_scalar
-
     decoder = TreeDecoder(target, head, Tree(width=1, late=False))
     law = Sampling(**sampling)
     ids = head.draft_token_ids
@@ -369,8 +373,8 @@ def fitted_sharpness(
     table, places = torch.stack(scores), torch.tensor(chosen)[:, None]
     table = table - table.amax(-1, keepdim=True)
 
-    def surprise(log_sharpness: float) -> float:
-        laws = (math.exp(log_sharpness) * table).log_softmax(-1)
+    def surprise(sharpness: Tensor) -> float:
+        laws = (sharpness * table).log_softmax(-1)
         return -float(laws.gather(-1, places).clamp(min=-50).mean())  # outside of top-p: surprising, not infinite
 
-    return math.exp(minimize_scalar(surprise, bounds=(math.log(0.1), math.log(30.0)), method="bounded").x)
+    return float(min(torch.logspace(-1, 1.5, 60, dtype=torch.float64), key=surprise))  # 0.1 to 32 in steps of a tenth

@@ -37,6 +37,9 @@ from spd_lightning.errors import InputError
 #: 1.7 times as long (V = 4096, 512 positions at once).
 CPU_CHUNK_LOGITS = 2**18
 
+#: Where P and Q share nothing in float32, alpha counts as this: -log alpha stays finite.
+_LEAST = 1e-30
+
 #: Columns of a statistics table; all but `count` are sums over positions.
 COLUMNS = ("count", "top1", "hit2", "hit4", "alpha", "miss", "kl", "loss")
 
@@ -96,7 +99,7 @@ def draft_terms(
     P = teacher.softmax(-1)
     P = P if draft_ids is None else P[:, draft_ids]
     kl = (log_p.exp() * (log_p - log_q)).sum(-1)
-    alpha = torch.minimum(P, q).sum(-1)
+    alpha = torch.minimum(P, q).sum(-1).clamp(min=_LEAST)
     share = torch.exp(-lk_decay * alpha.detach())
     best = restricted.argmax(-1, keepdim=True)
     inside = restricted.amax(-1) >= teacher.amax(-1)
@@ -230,23 +233,23 @@ def _value_and_gradient(
     p, q = log_p.exp(), log_q.exp()
     apart = log_p - log_q
     kl = (apart * p).sum(-1)
-    value, grad = torch.zeros_like(kl), torch.zeros_like(q) if gradient else None
+    value = options.kl * kl
     to_kl = kl.new_full(kl.shape, options.kl)  # what multiplies the gradients of kl and of 1 - alpha
     to_tv = kl.new_full(kl.shape, options.tv)
+    P = None
     if options.tv or options.lk or options.lk_hybrid:
         P = p if draft_ids is None else teacher.softmax(-1)[:, draft_ids]
-        alpha = torch.minimum(P, q).sum(-1)
+        alpha = torch.minimum(P, q).sum(-1).clamp(min=_LEAST)
         share = torch.exp(-options.lk_decay * alpha)
         value += options.tv * (1 - alpha) - options.lk * alpha.log()
         value += options.lk_hybrid * (share * kl + (1 - share) * (1 - alpha))
         to_kl += options.lk_hybrid * share
         to_tv += options.lk_hybrid * (1 - share) + options.lk / alpha
-        if grad is not None:
-            short = q < P
-            kept = torch.where(short, q, 0.0).sum(-1, keepdim=True)
-            grad += to_tv[:, None] * q * (kept - short.to(q.dtype))
-    if options.kl:
-        value += options.kl * kl
+    grad = (q - p).mul_(to_kl[:, None]) if gradient else None
+    if grad is not None and P is not None:
+        short = q < P
+        kept = torch.where(short, q, 0.0).sum(-1, keepdim=True)
+        grad += to_tv[:, None] * q * (kept - short.to(q.dtype))
     if options.reverse_kl:
         reverse = -(q * apart).sum(-1)
         value += options.reverse_kl * reverse
@@ -259,8 +262,6 @@ def _value_and_gradient(
         if grad is not None:
             grad += weight[:, None] * q
             grad.scatter_add_(-1, best, -weight[:, None])
-    if grad is not None:
-        grad += to_kl[:, None] * (q - p)
     if not options.misses and draft_ids is not None:
         stays = torch.isin(teacher.argmax(-1), draft_ids).to(q.dtype)
         value *= stays

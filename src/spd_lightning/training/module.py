@@ -337,7 +337,8 @@ class SpdModule(L.LightningModule):
         states, last = target(batch["input_ids"], head.config.anchors, positions, documents)
         layout = StaircaseLayout(head.staircase, self.entry_cycles(batch), documents)
         select = supervised_positions(batch)
-        deeper = self.loss_options.deeper_rows
+        # a head with one block has no deeper rows
+        deeper = self.loss_options.deeper_rows if len(head.staircase.reachable_blocks) > 1 else 0.0
         hidden = head([state.to(head.dtype) for state in states], layout, positions, select, all_rows=deeper > 0)
         drafting = hidden[:, 0][select] if deeper else hidden
         loss = partial(
