@@ -244,7 +244,7 @@ def test_targets_whose_states_are_of_one_branch_are_refused(make_target: Callabl
 
 
 def test_impossible_trees_are_refused(models: Callable[[int], Models]) -> None:
-    for tree, says in (({"width": 0}, "tree width 0: expected 1 to 16"), ({"sharpness": 0.0}, "tree sharpness 0.0")):
+    for tree, says in (({"width": 0}, "Tree.width=0 .*expected 1 to 16"), ({"sharpness": 0.0}, "Tree.sharpness=0.0")):
         with pytest.raises(InputError, match=says):
             Tree(**tree)
     target, head = models(1)

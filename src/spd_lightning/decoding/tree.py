@@ -63,9 +63,9 @@ class Tree:
 
     def __post_init__(self) -> None:
         if not 1 <= self.width <= 16:
-            raise InputError(f"tree width {self.width}: expected 1 to 16 continuations per cycle.")
+            raise InputError(f"Tree.width={self.width} (--tree): expected 1 to 16 continuations per cycle.")
         if not (math.isfinite(self.sharpness) and self.sharpness > 0):
-            raise InputError(f"tree sharpness {self.sharpness}: expected a positive number.")
+            raise InputError(f"Tree.sharpness={self.sharpness} (--tree-sharpness): expected a positive number.")
 
 
 @dataclass(eq=False)
