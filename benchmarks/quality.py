@@ -75,21 +75,22 @@ def _loss(**weights: float) -> dict[str, Any]:
 NORM = {"model.head.anchor_norm": "true"}
 MUON = {"model.optimizer": "muon"}
 
-BEST = NORM | MUON | _lr(2e-3)
+WARM = {"model.head.kind": "target", "model.head.warm_start": "true"}
+
+
+def _both(change: dict[str, Any], name: str, lr: float, batch: int, published: bool = False) -> Variant:
+    return Variant(f"{name}-b{batch}-lr{lr:g}", change | _lr(lr), published, batch)
+
 
 SCREEN = [
-    *(Variant(f"published-lr{lr:g}", _lr(lr), published=True) for lr in (1e-3, 2e-3, 4e-3)),
-    *(Variant(f"norm-lr{lr:g}", NORM | _lr(lr)) for lr in (2e-3, 4e-3)),
-    *(Variant(f"norm-muon-lr{lr:g}", NORM | MUON | _lr(lr)) for lr in (2e-3, 4e-3)),
-    Variant("norm-muon-b4-lr0.002", BEST, batch=4),
-    Variant("published-b4-lr0.001", _lr(1e-3), published=True, batch=4),
-    Variant("norm-muon-ce", BEST | _loss(kl=1.0, ce=0.5)),
-    Variant("norm-muon-deeper", BEST | _loss(kl=1.0, deeper_rows=0.3)),
-    Variant("norm-muon-lk_hybrid", BEST | _loss(lk_hybrid=1.0)),
-    Variant("norm-muon-warm", BEST | {"model.head.kind": "target", "model.head.warm_start": "true"}),
-    Variant("norm-muon-restart0.25", BEST | {"model.restart_rate": 0.25}),
-    Variant("muon-lr0.002", MUON | _lr(2e-3)),
-    Variant("norm-b4-lr0.001", NORM | _lr(1e-3), batch=4),
+    *(_both({}, "published", lr, 16, published=True) for lr in (1e-3, 2e-3, 4e-3)),
+    *(_both({}, "published", lr, 4, published=True) for lr in (1e-3, 2e-3)),
+    *(_both(MUON, "muon", lr, 16) for lr in (6e-3, 1.2e-2)),
+    *(_both(MUON, "muon", lr, 4) for lr in (3e-3, 6e-3)),
+    _both(MUON | NORM, "muon-norm", 6e-3, 4),
+    _both(MUON | WARM, "muon-warm", 6e-3, 4),
+    _both({}, "adamw", 2e-3, 4),
+    _both(NORM, "norm", 2e-3, 4),
 ]
 
 

@@ -185,6 +185,13 @@ def test_published_restarts_are_saturated_or_show_every_fill_alike(make_module: 
     assert fills[1:].max() < 1.1 * fills[1:].min(), "1 to n alike"
 
 
+def test_validation_draws_restarts_however_training_sets_them(make_module: Callable[..., SpdModule]) -> None:
+    published, drawn = make_module(restarts="published").eval(), make_module().eval()
+    samples = random_samples(4, 3)
+    assert gaps(published, samples) == gaps(drawn, samples)
+    assert gaps(published.train(), samples) != gaps(drawn, samples)
+
+
 # -- loss ------------------------------------------------------------------------------------------------------------
 
 
@@ -262,6 +269,21 @@ def test_a_head_of_one_block_has_no_deeper_rows_to_train(make_module: Callable[.
         module = make_module(head=HeadOptions(anchors=[0]), loss=Loss(deeper_rows=weight))
         losses.append(float(module.loss(batch, statistics=False)[0]))
     assert losses[0] == losses[1] > 0
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_a_new_head_with_normed_anchors_drafts_from_embeddings_of_their_own_size(
+    make_target: Callable[..., Any], name: str
+) -> None:
+    target = make_target(name, num_layers=4).partition(num_stages=4)
+    states, _ = target(torch.arange(10, 30)[None], (0, 4))
+    plain, normed = (new_head(target, anchors=(0, 4), anchor_norm=norm) for norm in (False, True))
+    for loud in (1.0, 100.0):  # a norm forgets how loud a state was, the embedding comes back as it was on average
+        rows = normed.aggregation[0](states[0] * loud)
+        torch.testing.assert_close(rows.square().mean().sqrt(), states[0].square().mean().sqrt(), rtol=0.1, atol=0)
+    torch.testing.assert_close(plain.aggregation[0](states[0]), states[0])
+    deep = normed.aggregation[1](torch.cat(list(states), -1))
+    torch.testing.assert_close(deep.square().mean(-1).sqrt(), torch.ones(1, 20), rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])

@@ -134,7 +134,8 @@ def new_head(
     """An untrained head, initialised from the target.
 
     The lm_head starts as the target's rows of the draft vocabulary and the norm is the target's. W_k starts as the
-    identity on its deepest anchor, so that a row is a hidden state the target itself could have passed on. The layers
+    identity on its deepest anchor, so that a row is a hidden state the target itself could have passed on (normed
+    embeddings are brought back to their own size). The layers
     start from normal weights of variance 1 / fan_in, whatever the width, and what writes into the residual stream is
     divided by the number of writers: weights of the usual 0.02 hardly speak at a hidden size of 256 and learn late.
 
@@ -167,9 +168,11 @@ def new_head(
         if warm_start:
             _copy_last_layers(target, head)
         identity = torch.eye(head.config.hidden_size)
-        for weight in head.aggregation.parameters():
+        for k, weight in enumerate(head.aggregation.parameters()):
             weight.zero_()
-            weight[:, -head.config.hidden_size :] = identity
+            # the lm_head reads block 0's rows: an embedding blown up to 1 would name its own token, loud and wrong
+            size = target.embedding_size() if anchor_norm and k == 0 else 1.0
+            weight[:, -head.config.hidden_size :] = identity * size
         head.lm_head.weight.copy_(target.lm_head_rows(head.draft_token_ids))
         head.norm.weight.copy_(target.norm_weight())
     head.origin = target.identity

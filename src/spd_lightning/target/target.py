@@ -274,6 +274,11 @@ class Target(nn.Module):
         """h_0 of some tokens, [1, S, H]."""
         return self._parts[0](torch.tensor([list(tokens)], device=self.device))
 
+    @torch.no_grad()
+    def embedding_size(self) -> float:
+        """Root mean square of h_0, over the first ids of the vocabulary."""
+        return float(self.embed_tokens(range(min(1024, self.vocab_size))).float().square().mean().sqrt())
+
     def _masks(self, hidden: Tensor, documents: Tensor | None) -> dict[str, Any]:
         """The attention mask of each kind of layer; None where its kernel is causal by itself."""
         same_document = None

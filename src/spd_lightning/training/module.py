@@ -78,7 +78,7 @@ class SpdModule(L.LightningModule):
         loss: what is minimised.
         restarts: where training sequences restart: drawn token by token at restart_rate, so that fills come as often as
             in decoding; or published, as the method's authors train: half of the sequences saturated, in the other half
-            all fills from 1 to n equally often.
+            all fills from 1 to n equally often (validation draws them in either case).
         restart_rate: probability that a training token starts after a flush, 1 - p of the decoder it is meant for.
         optimizer: adamw; or muon, for all matrices but the lm_head (adamw for the rest).
         learning_rate: peak.
@@ -369,23 +369,25 @@ class SpdModule(L.LightningModule):
     def entry_cycles(self, batch: Batch) -> Tensor:
         """[B, S]: gap n at each assistant turn's first token and at drawn restarts, else 1.
 
-        The draw is a function of (seed, epoch, sample), so a resumed run or another number of ranks repeats it.
+        The draw is a function of (seed, epoch, sample), so a resumed run or another number of ranks repeats it. In
+        validation restarts are always drawn at restart_rate: what is judged is the decoder's work, and the metrics of
+        two ways to train mean the same.
         """
         _, head = self.parts()
         epoch = int(batch["epoch"])
         starts = batch["turn_starts"]
         n = head.staircase.num_stages
+        published = self.training and self.settings.restarts == "published"
         draws = torch.ones(starts.numel(), dtype=torch.float64)  # padding restarts nowhere
         places = zip(batch["sample_ids"].tolist(), batch["starts"].tolist(), batch["lengths"].tolist(), strict=True)
         for sample, at, length in places:
             random = generator(self.settings.seed, Purpose.RESTART, epoch, sample).random(length)
-            if self.settings.restarts == "published":  # saturated, or a restart every n tokens: fills 1 to n alike
+            if published:  # saturated, or a restart every n tokens: fills 1 to n alike
                 phase = int(random[0] * 2 * n)
                 random = ((np.arange(length) + phase) % n != 0) * 1.0 if phase < n else np.ones(length)
             draws[at : at + length] = torch.from_numpy(random)
         draws = draws.view_as(starts).to(starts.device)
-        rate = self.settings.restart_rate if self.settings.restarts == "drawn" else 0.5
-        restart = starts | (draws < rate)
+        restart = starts | (draws < (0.5 if published else self.settings.restart_rate))
         return torch.where(restart, n, 1).cumsum(1)
 
     # -- checkpoints: the head alone -------------------------------------------------------------------------------
