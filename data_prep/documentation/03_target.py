@@ -49,13 +49,13 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 TARGET = REPOSITORY / "src" / "spd_lightning" / "embedded" / "target"
 
 
-def model_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
-    """The architecture: 8 layers, so that it can be cut into 2, 4 or 8 stages."""
+def model_config(tokenizer: PreTrainedTokenizerFast, layers: int = 8) -> LlamaConfig:
+    """The architecture: 8 layers, unless asked otherwise, so that it can be cut into 2, 4 or 8 stages."""
     return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=256,
         intermediate_size=512,
-        num_hidden_layers=8,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=64,
@@ -426,6 +426,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="torch.compile the forward and backward pass (needs a C++ compiler)",
     )
+    add("--layers", type=int, default=8, help="decoder layers (default: %(default)s)")
     add("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
     add(
         "--heldout-every",
@@ -459,7 +460,7 @@ def main(argv: list[str] | None = None) -> None:
     keep_freed_memory()
     torch.set_num_threads(args.threads)
     tokenizer = AutoTokenizer.from_pretrained(args.corpus / "tokenizer")
-    model = new_model(model_config(tokenizer), args.seed)
+    model = new_model(model_config(tokenizer, args.layers), args.seed)
     if args.measure:
         measure(args, model, tokenizer)
         return
