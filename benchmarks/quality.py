@@ -1,32 +1,42 @@
 """Which levers raise acceptance: heads trained with one thing changed at a time, and what the real decoder accepts.
 
-Every run is `fit` on the embedded target: the same conversations, tokens, stages, layers and anchors. Runs that are
-finished are kept and not run again, so a study can be stopped, extended, and spread over days.
+Every run is `fit` on one target: the same conversations, tokens, stages, layers and anchors. Runs that are finished are
+kept and not run again, so a study can be stopped, extended, and spread over days.
 
     .venv/bin/python benchmarks/quality.py screen --jobs 2      runs what is missing, writes records/quality_screen.json
-    .venv/bin/python benchmarks/quality.py final --jobs 2       three seeds of the baseline and the finalists
-    .venv/bin/python benchmarks/quality.py screen --only ce --list
+    .venv/bin/python benchmarks/quality.py final --jobs 2       the baseline and the finalists: three seeds, 200 prompts
+    .venv/bin/python benchmarks/quality.py screen --only "*ce*" --list
+
+A screening run is judged by its own final evaluation (60 prompts, greedy). The heads of `final` decode more prompts
+afterwards, greedy and at temperature 1; what a rejection rate is worth beside the baseline is a ratio with an interval
+over prompts and seeds.
 """
 
 from __future__ import annotations
 
 import argparse
 import fnmatch
+import gzip
 import json
+import math
+import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from common import ROOT, console, renew_readme, write_record
 
 RUNS = ROOT / "runs" / "quality"
+HELD_OUT = ROOT / "src/spd_lightning/embedded/documentation/heldout.jsonl.gz"
 PUBLISHED = "recipes/overlays/published.yaml"
 #: What all runs share; a number of tokens, not of steps, is what batches of other sizes are compared at.
 SHARED = {
@@ -39,7 +49,11 @@ ROWS = 4480  # conversations of a run: half of the corpus
 
 @dataclass(frozen=True)
 class Variant:
-    """A run: fields over the tiny recipe, and whether it starts from the published overlay."""
+    """A run: fields over the tiny recipe, and whether it starts from the published overlay.
+
+    `corpus` is a folder with another target and its conversations (benchmarks/second_target.py); the embedded one
+    otherwise. `regenerated` is a file with responses that the target wrote itself.
+    """
 
     name: str
     fields: dict[str, Any]
@@ -48,6 +62,21 @@ class Variant:
     seed: int = 0
     prompts: int = 60
     temperatures: str = "[0.0]"
+    corpus: Path | None = None
+    regenerated: Path | None = None
+    stages: int = 8
+
+    @property
+    def target(self) -> str:
+        return "tiny" if self.corpus is None else str(self.corpus / "target")
+
+    def held_out(self) -> list[dict[str, Any]]:
+        """Conversations that no training has seen."""
+        if self.corpus is None:
+            text = gzip.decompress(HELD_OUT.read_bytes()).decode()
+        else:
+            text = (self.corpus / "heldout.jsonl").read_text()
+        return [json.loads(line) for line in text.splitlines()]
 
     @property
     def folder(self) -> Path:
@@ -60,6 +89,15 @@ class Variant:
             "seed_everything": self.seed, "model.seed": self.seed, "final.prompts": self.prompts,
             "final.temperatures": self.temperatures,
         } | self.fields  # fmt: skip
+        if self.corpus is not None:
+            fields |= {
+                "model.target": self.target, "data.train": str(self.corpus / "train.jsonl"),
+                "data.validation": str(self.corpus / "heldout.jsonl"),
+            }  # fmt: skip
+        if self.regenerated is not None:
+            fields |= {"data.train": str(self.regenerated)}
+        if self.stages != 8:
+            fields |= {"model.num_stages": self.stages}
         words = ["fit", "--config", "tiny", *(["--config", PUBLISHED] if self.published else [])]
         return [*words, *(f"--{key}={value}" for key, value in fields.items())]
 
@@ -142,6 +180,112 @@ def row_of(variant: Variant) -> dict[str, Any]:
     }  # fmt: skip
 
 
+# -- more prompts for the heads of a final study -----------------------------------------------------------------------
+
+NEW = 64
+PROMPTS = 200
+#: Prompt sets besides held-out conversations: a file under the folder of --data, and how many of its prompts.
+SETS = {
+    "GSM8K": "gsm8k/test.jsonl",
+    "HumanEval": "human_eval/HumanEval.jsonl",
+    "Spec-Bench": "spec_bench/question.jsonl",
+}
+OF_A_SET = 40
+
+
+def prompts_of(variant: Variant, data: Path | None) -> dict[str, list[list[int]]]:
+    """Token ids by prompt set; those of the files for the first seed alone."""
+    from spd_lightning.bench.prompts import read_prompts, spread
+    from spd_lightning.target.loading import load_tokenizer
+
+    tokenizer = load_tokenizer(variant.target)
+    held_out = variant.held_out()
+    sets = {"held-out": [row["messages"][:1] for row in held_out[len(held_out) - PROMPTS :]]}
+    if data is not None and variant.seed == 0:
+        for name, file in SETS.items():
+            chosen = spread([p for p in read_prompts(data / file).prompts if len(p.turns[0]) < 1500], OF_A_SET)
+            sets[name] = [[{"role": "user", "content": prompt.turns[0]}] for prompt in chosen]
+    template = partial(tokenizer.apply_chat_template, add_generation_prompt=True, tokenize=True, return_dict=False)
+    return {name: [template(messages) for messages in chats] for name, chats in sets.items()}
+
+
+def judge(variant: Variant, data: Path | None) -> str:
+    """Decode with the head of a finished run; keeps counts per prompt in the run's judged.json."""
+    import torch
+
+    from spd_lightning.decoding.decoder import SpdDecoder
+    from spd_lightning.head.loading import load_head
+    from spd_lightning.target.loading import load_target
+    from spd_lightning.training.run import acceptance_by_fill
+
+    path = variant.folder / "judged.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    torch.set_num_threads(1)
+    target = load_target(variant.target)
+    decoder = SpdDecoder(target, load_head(variant.folder, target))
+    for name, prompts in prompts_of(variant, data).items():
+        for temperature in (0.0, 1.0):
+            key = f"{name} T={temperature:g}"
+            if key in known:
+                continue
+            made = [decoder.generate(ids, NEW, temperature, seed=number) for number, ids in enumerate(prompts)]
+            known[key] = {
+                "counts": [[g.drafts_accepted, g.drafts_verified, len(g.token_ids), g.cycles] for g in made],
+                "by_fill": acceptance_by_fill(made),
+            }
+            path.write_text(json.dumps(known))
+    accepted, verified, *_ = np.array(known["held-out T=0"]["counts"]).sum(0)
+    return f"{variant.name} seed {variant.seed}: p {accepted / verified:.4f} on {PROMPTS} prompts"
+
+
+def pooled(counts: np.ndarray, n: int) -> dict[str, float]:
+    """p and S of counts [..., 4], summed over all but the last dimension."""
+    accepted, verified, tokens, cycles = counts.reshape(-1, 4).sum(0)
+    return {"p": accepted / verified, "S": n * (tokens - len(counts.reshape(-1, 4))) / cycles}
+
+
+def rejection_ratio(ours: np.ndarray, theirs: np.ndarray, draws: int = 4000) -> tuple[float, float, float]:
+    """(1 - p) over the baseline's (1 - p), counts [seeds, prompts, 4]; with the 95 % interval.
+
+    Drawn with replacement: prompts, the same for both sides, and each side's seeds.
+    """
+    random = np.random.default_rng(0)
+
+    def rejected(counts: np.ndarray) -> float:
+        accepted, verified = counts[..., :2].reshape(-1, 2).sum(0)
+        return 1 - accepted / verified
+
+    def redrawn() -> float:
+        prompts = random.integers(0, ours.shape[1], ours.shape[1])
+        sides = [side[random.integers(0, len(side), len(side))][:, prompts] for side in (ours, theirs)]
+        return rejected(sides[0]) / rejected(sides[1])
+
+    low, high = np.quantile([redrawn() for _ in range(draws)], [0.025, 0.975])
+    return rejected(ours) / rejected(theirs), float(low), float(high)
+
+
+def judged_rows(study: list[Variant], baseline: str) -> list[dict[str, Any]]:
+    """One row per recipe, prompt set and temperature, over its finished seeds."""
+    found: dict[str, dict[str, list[Any]]] = {}
+    for variant in study:
+        path = variant.folder / "judged.json"
+        for key, one in (json.loads(path.read_text()) if path.exists() else {}).items():
+            found.setdefault(variant.name, {}).setdefault(key, []).append((variant, one))
+    rows = []
+    for name, sets in found.items():
+        for key, seeds in sets.items():
+            variant, counts = seeds[0][0], np.array([one["counts"] for _, one in seeds])
+            row = {"name": name, "set": key, "seeds": len(seeds), "prompts": counts.shape[1], "n": variant.stages}
+            row |= pooled(counts, variant.stages)
+            row["p_by_seed"] = [pooled(one, variant.stages)["p"] for one in counts]
+            row["by_fill"] = seeds[0][1]["by_fill"]
+            if baseline in found and key in found[baseline]:
+                theirs = np.array([one["counts"] for _, one in found[baseline][key]])
+                row["ratio"] = rejection_ratio(counts, theirs)
+            rows.append(row)
+    return rows
+
+
 def chosen(study: list[Variant], only: str | None) -> Iterator[Variant]:
     return (v for v in study if only is None or any(fnmatch.fnmatch(v.name, part) for part in only.split(",")))
 
@@ -152,20 +296,55 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
     parser.add_argument("--only", help="names or patterns, separated by commas")
     parser.add_argument("--list", action="store_true", help="show what there is; run nothing")
+    parser.add_argument("--data", type=Path, help="final: folder with gsm8k, human_eval and spec_bench")
     options = parser.parse_args()
     study = STUDIES[options.study]
     if not options.list:
+        os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that judge
         with ThreadPoolExecutor(options.jobs) as pool:
             list(pool.map(lambda v: run(v, max(1, (os.cpu_count() or 1) // options.jobs)), chosen(study, options.only)))
+        if options.study in BASELINES:
+            heads = [variant for variant in chosen(study, options.only) if finished(variant)]
+            with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as processes:
+                for line in processes.map(partial(judge, data=options.data), heads):
+                    console.print(line)
     rows = [row_of(v) for v in study if finished(v)]
     for row in sorted(rows, key=lambda row: -row["p"]):
         forced = " ".join(f"{key} {row[f'teacher_forced_{key}']:.4f}" for key in FORCED)
         reached = f"p {row['p']:.4f} S {row['S']:.2f} T1 {row['p_T1'] or 0:.4f}"
         console.print(f"{row['name']:28s} s{row['seed']} {reached} | {forced} | {row['seconds']:.0f} s")
     if not options.list:
-        write_record(f"quality_{options.study}", {"rows": rows, "conversations": ROWS}, threads=options.jobs)
-        renew_readme(f"quality_{options.study}", markdown(rows), "docs/quality.md")
+        found: dict[str, Any] = {"rows": rows, "conversations": ROWS}
+        table = markdown(rows)
+        if options.study in BASELINES:
+            found["judged"] = judged_rows(study, BASELINES[options.study])
+            table = judged_markdown(found["judged"], BASELINES[options.study])
+        write_record(f"quality_{options.study}", found, threads=options.jobs)
+        renew_readme(f"quality_{options.study}", table, "docs/quality.md")
     return 0
+
+
+def judged_markdown(rows: list[dict[str, Any]], baseline: str) -> str:
+    """One table per prompt set and temperature."""
+    lines: list[str] = []
+    for key in dict.fromkeys(row["set"] for row in rows):
+        these = sorted((row for row in rows if row["set"] == key), key=lambda row: -row["p"])
+        lines += [
+            f"{key}, {these[0]['prompts']} prompts x {NEW} tokens:",
+            "",
+            f"| recipe | seeds | p (by seed) | S | (1 - p) over {baseline} | 95 % |",
+            "|---|---|---|---|---|---|",
+        ]
+        for row in these:
+            seeds = ", ".join(f"{p:.3f}" for p in row["p_by_seed"])
+            ratio, low, high = row.get("ratio", (math.nan,) * 3)
+            interval = "" if row["name"] == baseline else f"{low:.2f} - {high:.2f}"
+            name = row["name"] if row["n"] == 8 else f"{row['name']} (n = {row['n']})"
+            lines.append(
+                f"| {name} | {row['seeds']} | {row['p']:.3f} ({seeds}) | {row['S']:.2f} | {ratio:.2f} | {interval} |"
+            )
+        lines.append("")
+    return "\n".join(lines).rstrip()
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
@@ -189,7 +368,15 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-STUDIES = {"screen": SCREEN}
+def _seeds(variant: Variant) -> list[Variant]:
+    return [replace(variant, seed=seed) for seed in range(3)]
+
+
+FINAL: list[Variant] = []
+
+STUDIES = {"screen": SCREEN, "final": FINAL}
+#: Studies whose heads decode more prompts, and the recipe that the others are held against.
+BASELINES = {"final": "published-b4-lr0.002"}
 
 if __name__ == "__main__":
     sys.exit(main())
