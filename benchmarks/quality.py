@@ -120,11 +120,14 @@ def _both(change: dict[str, Any], name: str, lr: float, batch: int, published: b
     return Variant(f"{name}-b{batch}-lr{lr:g}", change | _lr(lr), published, batch)
 
 
+HALVES = ((6e-3, 4), (1.2e-2, 16), (1.2e-2, 4))
+
 SCREEN = [
     *(_both({}, "published", lr, 16, published=True) for lr in (1e-3, 2e-3, 4e-3)),
     *(_both({}, "published", lr, 4, published=True) for lr in (1e-3, 2e-3)),
     *(_both(MUON, "muon", lr, 16) for lr in (6e-3, 1.2e-2)),
     *(_both(MUON, "muon", lr, 4) for lr in (3e-3, 6e-3)),
+    *(_both(MUON | {"model.adamw_learning_rate": 1e-3}, "muon-lmhead1e-3", lr, batch) for lr, batch in HALVES),
     _both(MUON | NORM, "muon-norm", 6e-3, 4),
     _both(MUON | WARM, "muon-warm", 6e-3, 4),
     _both({}, "adamw", 2e-3, 4),

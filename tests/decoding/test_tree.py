@@ -13,7 +13,7 @@ from torch import Tensor
 from spd_lightning.decoding.decoder import SpdDecoder, autoregressive_generate
 from spd_lightning.decoding.generation import Generation
 from spd_lightning.decoding.sampling import Sampling
-from spd_lightning.decoding.tree import Node, Tree, TreeDecoder, _TreeRun
+from spd_lightning.decoding.tree import Node, Tree, TreeDecoder, _Slot, _TreeRun
 from spd_lightning.errors import InputError
 from spd_lightning.head.layout import StaircaseLayout
 from spd_lightning.head.loading import new_head
@@ -158,7 +158,7 @@ def test_every_row_of_a_tree_is_that_of_its_path_alone(models: Callable[[int], M
 
 
 def broken(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
-    right = _TreeRun._node
+    right, whole = _TreeRun._node, _Slot.keep
 
     def node(self: _TreeRun, parent: Node | None, *arguments: Any, **more: Any) -> Node:
         made, P = right(self, parent, *arguments, **more), len(self.prompt)
@@ -170,8 +170,9 @@ def broken(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
         return made
 
     def keep(self: Any, alive: set[int]) -> None:
-        self.nodes = [one for one in self.nodes if id(one) in alive]
-        self.hidden, self.anchors = self.hidden[:, : len(self.nodes)], self.anchors[:, : len(self.nodes)]
+        hidden, anchors = self.hidden, self.anchors
+        whole(self, alive)
+        self.hidden, self.anchors = hidden[:, : len(self.nodes)], anchors[:, : len(self.nodes)]
 
     monkeypatch.setattr(_TreeRun, "_node", node)
     if how == "rows of dead branches stay":

@@ -303,9 +303,11 @@ def test_a_warm_start_is_the_targets_last_layers(make_target: Callable[..., Any]
         ({"restarts": "some"}, "model.restarts='some': expected drawn or published"),
         ({"optimizer": "sgd"}, "model.optimizer='sgd': expected adamw or muon"),
         ({"schedule": "step"}, "model.schedule='step': expected cosine or linear"),
+        ({"adamw_learning_rate": 1e-3}, "model.adamw_learning_rate=0.001: it is for model.optimizer=muon"),
+        ({"optimizer": "muon", "adamw_learning_rate": 0.0}, "model.adamw_learning_rate=0.0: expected a positive"),
     ],
 )
-def test_unknown_choices_are_named(make_module: Callable[..., SpdModule], options: dict[str, str], says: str) -> None:
+def test_unknown_choices_are_named(make_module: Callable[..., SpdModule], options: dict[str, Any], says: str) -> None:
     with pytest.raises(InputError, match=says):
         make_module(configured=False, **options)
 

@@ -134,17 +134,27 @@ class _Clock:
 
 @dataclass
 class _Slot:
-    """Nodes that entered in the same cycle, and where they are: hidden [1, R, H], anchors [A, R, H]."""
+    """Nodes that entered in the same cycle, and where they are: hidden [1, R, H], anchors [A, R, H].
+
+    places and positions are [R]; seen [R, C] bool and mask [1, 1, R, C] say which of the first C cached rows a node
+    sees: its ancestors and itself, which are there when it enters and stay the same for its whole way.
+    """
 
     nodes: list[Node]
     hidden: Tensor
     anchors: Tensor
+    places: Tensor
+    positions: Tensor
+    seen: Tensor
+    mask: Tensor
 
     def keep(self, alive: set[int]) -> None:
         rows = [row for row, node in enumerate(self.nodes) if id(node) in alive]
         if len(rows) < len(self.nodes):
             self.nodes = [self.nodes[row] for row in rows]
             self.hidden, self.anchors = self.hidden[:, rows], self.anchors[:, rows]
+            self.places, self.positions = self.places[rows], self.positions[rows]
+            self.seen, self.mask = self.seen[rows], self.mask[:, :, rows]
 
 
 class _TreeRun:
@@ -171,7 +181,8 @@ class _TreeRun:
         self.rotary, self.head_rotary = target.rotary_table(longest), head.rotary_table(longest)
         self.head_cache = head.new_cache(capacity)
         self.free = list(reversed(range(len(prompt), capacity)))
-        # [query's place, place] of what is generated, counted from the prompt's end: everybody sees the prompt
+        self.used = len(prompt)  # rows of the caches that were ever written, the first ones
+        # [query's place, place] of what is generated, counted from the prompt's end
         nodes = capacity - len(prompt)
         self.sees = torch.zeros(nodes, nodes, dtype=torch.bool, device=target.device)
         self.hides = torch.tensor(torch.finfo(target.dtype).min, dtype=target.dtype, device=target.device)
@@ -225,51 +236,47 @@ class _TreeRun:
     def _draft(self, now: int) -> None:
         """Rows that are due, of all nodes at once; and continuations after the newest nodes."""
         due = zip(self.staircase.reachable_blocks, self.staircase.first_depths, strict=True)
-        rows: list[tuple[int, Node, Tensor]] = []
-        for block, depth in reversed(list(due)):
-            slot = self.slots.get(now - depth)
-            if slot is not None:
-                rows += [(block, node, slot.anchors[:, row]) for row, node in enumerate(slot.nodes)]
-        if not rows:
+        slots = [(block, self.slots.get(now - depth)) for block, depth in reversed(list(due))]
+        groups = [(block, slot) for block, slot in slots if slot is not None and slot.nodes]
+        if not groups:
             return
         newest = self.slots[now].nodes if now in self.slots else []
-        places = torch.tensor([node.place for _, node, _ in rows], device=self.target.device)
-        positions = torch.tensor([node.position for _, node, _ in rows], device=self.target.device)
+        length = max(slot.seen.shape[1] for _, slot in groups)
         hidden = self.head.step_rows(
-            [block for block, _, _ in rows], [states for _, _, states in rows], positions, places,
-            self._seen(places), self.head_cache, self.head_rotary, last=len(newest),
-        )  # fmt: skip
+            [(block, slot.anchors.transpose(0, 1)) for block, slot in groups],
+            torch.cat([slot.positions for _, slot in groups]),
+            torch.cat([slot.places for _, slot in groups]),
+            torch.cat([F.pad(slot.seen, (0, length - slot.seen.shape[1])) for _, slot in groups]),
+            self.head_cache,
+            self.head_rotary,
+            last=len(newest),
+        )
         if not newest:
             return
-        for node, logits in zip(newest, self.head.logits(hidden), strict=True):
-            scores = self.verdicts.sampling.scores(logits, node.position + 1, self.verdicts.draft_ids)
-            best = (self.tree.sharpness * scores).log_softmax(-1).topk(min(self.tree.width, scores.numel()))
+        sampling, ids = self.verdicts.sampling, self.verdicts.draft_ids
+        logits = zip(newest, self.head.logits(hidden), strict=True)
+        scores = torch.stack([sampling.scores(one, node.position + 1, ids) for node, one in logits])
+        best = (self.tree.sharpness * scores).log_softmax(-1).topk(min(self.tree.width, scores.shape[1]))
+        for node, tokens, chances in zip(newest, best.indices.tolist(), best.values.tolist(), strict=True):
             node.drafts = [
                 (self.head.full_vocabulary_id(token), chance)
-                for token, chance in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+                for token, chance in zip(tokens, chances, strict=True)
                 if chance > -math.inf
             ]
 
     def _stage(self, stage: int, slot: _Slot) -> None:
         """The rows of a slot through one stage."""
-        places = torch.tensor([node.place for node in slot.nodes], device=self.target.device)
-        positions = torch.tensor([node.position for node in slot.nodes], device=self.target.device)
-        mask = torch.where(self._seen(places), self.hides.new_zeros(()), self.hides)[None, None]
-        self.cache.write_to(places)
+        self.cache.write_to(slot.places, slot.mask.shape[-1])
         slot.hidden = self.target.run_layers(
             slot.hidden,
             self.stage_layers[stage],
-            positions,
+            slot.positions,
             self.rotary,
             self.cache,
             self.keep,
             slot.anchors,
-            mask=mask,
+            mask=slot.mask,
         )
-
-    def _seen(self, places: Tensor) -> Tensor:
-        """[R, C] bool: the cached rows that rows at these places see."""
-        return F.pad(self.sees[places - len(self.prompt)], (len(self.prompt), 0), value=True)
 
     def _verdict(self, node: Node, slot: _Slot) -> tuple[int, bool]:
         """The target's token after a node that has left; whatever disagrees with it dies."""
@@ -323,6 +330,7 @@ class _TreeRun:
     def _node(self, parent: Node | None, position: int, token: int, chance: float, before: Node | None = None) -> Node:
         """A new node after `parent`, or (a restart) after the finished node `before`, in a row of its own."""
         place, above = self.free.pop(), parent or before
+        self.used = max(self.used, place + 1)
         row, P = place - len(self.prompt), len(self.prompt)
         self.sees[row] = self.sees[above.place - P] if above is not None else False
         self.sees[row, row] = True
@@ -340,7 +348,14 @@ class _TreeRun:
         hidden = torch.cat([self.target.embed(node.token) for node in nodes], dim=1)
         anchors = hidden.new_empty(len(self.keep), len(nodes), self.target.hidden_size)
         anchors[0] = hidden[0]
-        self.slots[self.schedule.cycle] = _Slot(list(nodes), hidden, anchors)
+        places = torch.tensor([node.place for node in nodes], device=self.target.device)
+        positions = torch.tensor([node.position for node in nodes], device=self.target.device)
+        # everybody sees the prompt
+        seen = F.pad(
+            self.sees[places - len(self.prompt), : self.used - len(self.prompt)], (len(self.prompt), 0), value=True
+        )
+        mask = torch.where(seen, self.hides.new_zeros(()), self.hides)[None, None]
+        self.slots[self.schedule.cycle] = _Slot(list(nodes), hidden, anchors, places, positions, seen, mask)
 
 
 def fitted_sharpness(

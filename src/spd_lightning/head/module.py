@@ -343,16 +343,15 @@ class SpeculationHead(nn.Module):
         positions = torch.tensor([position for _, position in rows], device=self.device)
         length = int(max(position for _, position in rows)) + 1
         mask = torch.arange(length, device=self.device)[None] <= positions[:, None]
-        states = [kept[position] for _, position in rows]
+        states = [(k, kept[position][None]) for k, position in rows]
         last = len(rows) if all_rows else 1
-        x = self.step_rows([k for k, _ in rows], states, positions, positions, mask, cache, rotary, last)
+        x = self.step_rows(states, positions, positions, mask, cache, rotary, last)
         return x if all_rows else x[-1]
 
     @torch.no_grad()
     def step_rows(
         self,
-        blocks: Sequence[int],
-        states: Sequence[Tensor],
+        states: Sequence[tuple[int, Tensor]],
         positions: Tensor,
         places: Tensor,
         mask: Tensor,
@@ -363,8 +362,7 @@ class SpeculationHead(nn.Module):
         """Rows wherever they lie in the cache; in a chain a row's place is its position, in a draft tree it is not.
 
         Args:
-            blocks: of each row.
-            states: [A, H] anchor states of each row's position, valid up to its block.
+            states: blocks, each with the anchor states [r, A, H] of its rows, valid up to that block; R rows together.
             positions, places: [R], of RoPE and in the cache; a place occurs once.
             mask: [R, C] bool, the first C places that each row sees.
             last: so many rows at the end are asked for.
@@ -372,9 +370,7 @@ class SpeculationHead(nn.Module):
         Returns:
             [last, H], the last layer's outputs.
         """
-        x = torch.stack(
-            [self.aggregation[k](one[: k + 1].flatten().to(self.dtype)) for k, one in zip(blocks, states, strict=True)]
-        )
+        x = torch.cat([self.aggregation[k](anchors[:, : k + 1].flatten(1).to(self.dtype)) for k, anchors in states])
         here = (rotary[0][positions], rotary[1][positions])
         for index, layer in enumerate(self._layers):
             normed = layer.input_layernorm(x)

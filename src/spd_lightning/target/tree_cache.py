@@ -22,6 +22,7 @@ class TreeLayer(FullAttentionLayer):
     def __init__(self, capacity: int) -> None:
         super().__init__(capacity)
         self.places: Tensor | None = None
+        self.used = 0
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
@@ -29,8 +30,9 @@ class TreeLayer(FullAttentionLayer):
         if self.places is None:  # the prompt, in its order
             return super().update(key_states, value_states)
         assert self.keys is not None and self.values is not None
-        self.keys[:, :, self.places], self.values[:, :, self.places] = key_states, value_states
-        return self.keys, self.values
+        self.keys.index_copy_(2, self.places, key_states)
+        self.values.index_copy_(2, self.places, value_states)
+        return self.keys[:, :, : self.used], self.values[:, :, : self.used]
 
 
 class TreeCache(Cache):
@@ -40,10 +42,10 @@ class TreeCache(Cache):
         self.tree_layers = [TreeLayer(capacity) for _ in range(layers)]
         super().__init__(layers=list(self.tree_layers))
 
-    def write_to(self, places: Tensor | None) -> None:
-        """Where the next tokens of every layer go: rows [R]; None: after what is there."""
+    def write_to(self, places: Tensor, used: int) -> None:
+        """Where the next tokens of every layer go, rows [R], and how many of the first rows they may see."""
         for layer in self.tree_layers:
-            layer.places = places
+            layer.places, layer.used = places, used
 
     def get_seq_length(self, layer_idx: int = 0, *args: Any, **kwargs: Any) -> int:
         return self.tree_layers[layer_idx].length

@@ -82,6 +82,7 @@ class SpdModule(L.LightningModule):
         restart_rate: probability that a training token starts after a flush, 1 - p of the decoder it is meant for.
         optimizer: adamw; or muon, for all matrices but the lm_head (adamw for the rest).
         learning_rate: peak.
+        adamw_learning_rate: peak of what AdamW takes beside Muon, the lm_head and the norms; null: learning_rate.
         weight_decay: on matrices only.
         warmup: share of the steps in which the learning rate rises linearly.
         schedule: how it falls after that.
@@ -104,6 +105,7 @@ class SpdModule(L.LightningModule):
         restart_rate: float = 0.15,
         optimizer: Literal["adamw", "muon"] = "adamw",
         learning_rate: float = 1e-3,
+        adamw_learning_rate: float | None = None,
         weight_decay: float = 0.0,
         warmup: float = 0.05,
         schedule: Literal["cosine", "linear"] = "cosine",
@@ -133,8 +135,14 @@ class SpdModule(L.LightningModule):
         ):
             if choice not in known:
                 raise InputError(f"model.{name}={choice!r}: expected {' or '.join(known)}.")
-        if not learning_rate > 0:
-            raise InputError(f"model.learning_rate={learning_rate}: expected a positive number.")
+        for name, rate in (("learning_rate", learning_rate), ("adamw_learning_rate", adamw_learning_rate)):
+            if rate is not None and not rate > 0:
+                raise InputError(f"model.{name}={rate}: expected a positive number.")
+        if adamw_learning_rate is not None and optimizer != "muon":
+            raise InputError(
+                f"model.adamw_learning_rate={adamw_learning_rate}: it is for model.optimizer=muon; with {optimizer} "
+                "set model.learning_rate."
+            )
         if loss_chunk < 1:
             raise InputError(f"model.loss_chunk={loss_chunk}: expected at least 1.")
         self.strict_loading = False  # the frozen target is in no checkpoint; missing HEAD keys are refused below
@@ -262,7 +270,8 @@ class SpdModule(L.LightningModule):
         optimizer: torch.optim.Optimizer
         if self.settings.optimizer == "muon":
             _, head = self.parts()
-            optimizer = MuonAdamW(groups, self.settings.learning_rate, apart=[head.lm_head.weight])
+            rate, apart = self.settings.learning_rate, self.settings.adamw_learning_rate
+            optimizer = MuonAdamW(groups, rate, rate if apart is None else apart, apart=[head.lm_head.weight])
         else:
             optimizer = torch.optim.AdamW(groups, lr=self.settings.learning_rate, betas=BETAS, fused=fused)
         steps = int(self.trainer.estimated_stepping_batches)

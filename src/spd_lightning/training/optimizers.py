@@ -16,23 +16,30 @@ class MuonAdamW(torch.optim.Optimizer):
     """Muon for matrices, AdamW for what Muon is not meant for: norms, biases and the lm_head.
 
     Muon (Jordan 2024) makes every step of a matrix orthogonal. Its steps are scaled to the size that AdamW's have
-    (2502.16982), so that one learning rate serves both. The two parts share groups and state with this optimizer:
-    schedules and checkpoints see one.
+    (2502.16982); still, the best rate of new layers is higher than that of an lm_head, which starts as a trained one.
+    The two parts share groups and state with this optimizer: schedules and checkpoints see one.
 
     Args:
         groups: as for AdamW, with "params" and "weight_decay"; the first one holds matrices.
-        learning_rate: of all.
+        learning_rate: of Muon's part.
+        adamw_learning_rate: of AdamW's.
         apart: matrices that AdamW takes nevertheless.
     """
 
-    def __init__(self, groups: Sequence[dict[str, Any]], learning_rate: float, apart: Sequence[Tensor]) -> None:
+    def __init__(
+        self,
+        groups: Sequence[dict[str, Any]],
+        learning_rate: float,
+        adamw_learning_rate: float,
+        apart: Sequence[Tensor],
+    ) -> None:
         kept = {id(p) for p in apart}
         first, *others = groups
         muon = {**first, "params": [p for p in first["params"] if id(p) not in kept]}
         adamw = [{**first, "params": [p for p in first["params"] if id(p) in kept]}, *others]
         self.parts: tuple[torch.optim.Optimizer, ...] = (
             torch.optim.Muon([muon], lr=learning_rate, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW([group for group in adamw if group["params"]], lr=learning_rate, betas=BETAS),
+            torch.optim.AdamW([group for group in adamw if group["params"]], lr=adamw_learning_rate, betas=BETAS),
         )
         super().__init__([group for part in self.parts for group in part.param_groups], {})
         self._share()
