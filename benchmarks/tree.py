@@ -1,9 +1,10 @@
 """What a draft tree is worth: S by width beside the chain's, what more rows cost, and S with that cost charged.
 
 One head, the same prompts and draws for all, one generation after another in turn, so that whatever else the machine
-does falls on all alike. The sharpness of a tree is fitted on prompts of its own. A row's cost is the time of a cycle of
-this engine, which runs all stages one after another, against the chain's: with a rank per stage it is about the same
-ratio, because every stage has the same rows.
+does falls on all alike. The sharpness of a tree is fitted on prompts of its own. What rows cost is measured twice: the
+time of a cycle of this engine, which runs all stages of the tiny target one after another, against the chain's; and the
+time of a pass through one decoder layer of Llama 3.1 8B's sizes with as many rows, against one row. What a pass costs is
+a matter of size: a small layer is arithmetic and calls, a large one is the reading of its weights.
 
     .venv/bin/python benchmarks/tree.py --run runs/tiny      writes records/tree.json, renews docs/quality.md
 """
@@ -16,6 +17,7 @@ import json
 import os
 import statistics
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +32,11 @@ from spd_lightning.decoding.generation import Pooled  # noqa: E402
 from spd_lightning.decoding.tree import Tree, TreeDecoder, fitted_sharpness  # noqa: E402
 from spd_lightning.head.loading import load_head  # noqa: E402
 from spd_lightning.target.loading import load_target, load_tokenizer  # noqa: E402
+from spd_lightning.target.tree_cache import TreeCache  # noqa: E402
 
 HELDOUT = ROOT / "src/spd_lightning/embedded/documentation/heldout.jsonl.gz"
 WIDTHS = (1, 2, 3, 4)
+GATES = (0.02, 0.05, 0.1)
 NEW = 64
 
 
@@ -54,6 +58,8 @@ def measured(run: Path, count: int, temperature: float) -> dict[str, Any]:
     console.print(f"temperature {temperature:g}: sharpness {sharpness:.2f}")
     arms: dict[str, SpdDecoder] = {"chain": SpdDecoder(target, head)}
     arms |= {f"tree {k}": TreeDecoder(target, head, Tree(k, sharpness)) for k in WIDTHS}
+    for gate in GATES:
+        arms[f"tree 4, gate {gate:g}"] = TreeDecoder(target, head, Tree(4, sharpness, gate=gate))
     arms["tree 3, newest only"] = TreeDecoder(target, head, Tree(3, sharpness, late=False))
     arms["tree 3, sharpness 1"] = TreeDecoder(target, head, Tree(3, 1.0))
     found: dict[str, list[Any]] = {name: [] for name in arms}
@@ -80,32 +86,76 @@ def measured(run: Path, count: int, temperature: float) -> dict[str, Any]:
                 "name": name, "p": pooled.acceptance, "interval": bootstrap_difference(generations),
                 "S": pooled.theoretical_speedup, "cycles": pooled.cycles, "cycle_cost": statistics.median(ratios),
                 "seconds": pooled.decode_seconds,
+                "rows": sum(one.rows * one.cycles for one in generations) / pooled.cycles,
             }
         )  # fmt: skip
     about = {"temperature": temperature, "sharpness": sharpness, "prompts": len(prompts), "different": different}
     return about | {"rows": rows}
 
 
+@torch.inference_mode()
+def layer_cost(rows: tuple[int, ...], rounds: int = 9, cached: int = 512) -> dict[int, float]:
+    """Time of rows through a decoder layer of Llama 3.1 8B's sizes (float32, random weights) over that of one row."""
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+
+    config = LlamaConfig(
+        hidden_size=4096, intermediate_size=14336, num_hidden_layers=1, num_attention_heads=32, num_key_value_heads=8,
+        attn_implementation="sdpa",
+    )  # fmt: skip
+    layer, rotary = LlamaDecoderLayer(config, 0), LlamaRotaryEmbedding(config)
+    times: dict[int, list[float]] = {count: [] for count in rows}
+    for number in range(rounds + 1):
+        for count in rows:
+            cache = TreeCache(1, cached + count)
+            past = torch.zeros(1, 8, cached, 128)
+            cache.update(past, past, 0)
+            cache.write_to(torch.arange(cached, cached + count), cached + count)
+            x = torch.randn(1, count, 4096)
+            mask = torch.zeros(1, 1, count, cached + count)
+            here = rotary(x, torch.full((1, count), cached))
+            began = time.perf_counter()
+            layer(x, attention_mask=mask, past_key_values=cache, use_cache=True, position_embeddings=here)
+            if number:
+                times[count].append(time.perf_counter() - began)
+    one = statistics.median(times[1])
+    return {count: statistics.median(values) / one for count, values in times.items()}
+
+
 def markdown(found: dict[str, Any]) -> str:
-    lines = []
+    layer = {int(rows): cost for rows, cost in found["layer_cost"].items()}
+    lines = [
+        "Rows through a layer of Llama 3.1 8B's sizes cost, over one row: "
+        + ", ".join(f"{cost:.2f} ({rows})" for rows, cost in layer.items())
+        + ".",
+        "",
+    ]
     for part in found["parts"]:
         chain = part["rows"][0]
         lines += [
             f"Temperature {part['temperature']:g}, {part['prompts']} held-out prompts x {NEW} tokens, sharpness "
             f"{part['sharpness']:.2f} (fitted on 40 others); outputs other than plain decoding's: {part['different']}.",
             "",
-            "| | p | 95 % | S | over the chain | a cycle costs | S with that charged |",
-            "|---|---|---|---|---|---|---|",
+            "| | p | 95 % | S | over the chain | rows of a pass | large layer's rows charged | this engine's cycle "
+            "charged |",
+            "|---|---|---|---|---|---|---|---|",
         ]
         for row in part["rows"]:
             low, high = row["interval"]
+            charged = [row["S"] / cost for cost in (_between(layer, row["rows"]), row["cycle_cost"])]
+            prices = " | ".join(f"{S:.2f} ({S / chain['S'] - 1:+.0%})" for S in charged)
             lines.append(
                 f"| {row['name']} | {row['p']:.3f} | {low:.3f} - {high:.3f} | {row['S']:.2f} | "
-                f"{row['S'] / chain['S'] - 1:+.0%} | {row['cycle_cost']:.2f} x | {row['S'] / row['cycle_cost']:.2f} "
-                f"({row['S'] / row['cycle_cost'] / chain['S'] - 1:+.0%}) |"
+                f"{row['S'] / chain['S'] - 1:+.0%} | {row['rows']:.2f} | {prices} |"
             )
         lines.append("")
     return "\n".join(lines).rstrip()
+
+
+def _between(costs: dict[int, float], rows: float) -> float:
+    """The cost of a mean number of rows, on straight lines between those that were measured."""
+    low = min(int(rows), max(costs) - 1)
+    return costs[low] + (rows - low) * (costs[low + 1] - costs[low])
 
 
 def main() -> int:
@@ -117,7 +167,7 @@ def main() -> int:
     if not options.table:
         torch.set_num_threads(1)
         parts = [measured(options.run, options.prompts, temperature) for temperature in (0.0, 1.0)]
-        write_record("tree", {"parts": parts}, threads=1)
+        write_record("tree", {"parts": parts, "layer_cost": layer_cost(WIDTHS)}, threads=1)
     table = markdown(json.loads((RECORDS / "tree.json").read_text()))
     renew_readme("tree", table, "docs/quality.md")
     print(table)

@@ -83,6 +83,30 @@ def test_an_end_of_sequence_ends_it_and_the_bound_is_exact(models: Callable[[int
     assert all(len(decoder.generate([5, 6], count).token_ids) == count for count in (1, 2, 3))
 
 
+def test_a_gate_keeps_rows_out_and_costs_no_token(models: Callable[[int], Models]) -> None:
+    target, head = models(3)
+    prompts = [[seed, 2 * seed % 60, 7] for seed in range(8)]
+    rows, cycles = [], []
+    for gate in (0.0, 0.01, 0.999):
+        decoder = TreeDecoder(target, head, Tree(4, gate=gate))
+        found = [decoder.generate(prompt, 20) for prompt in prompts]
+        assert [one.token_ids for one in found] == [autoregressive_generate(target, p, 20).token_ids for p in prompts]
+        rows.append(sum(one.rows * one.cycles for one in found) / sum(one.cycles for one in found))
+        cycles.append(sum(one.cycles for one in found))
+    assert rows[0] > rows[1] > rows[2] >= 1 and cycles[0] <= cycles[1] <= cycles[2]
+    chain = [TreeDecoder(target, head, Tree(1)).generate(prompt, 20) for prompt in prompts]
+    assert sum(one.cycles for one in chain) >= cycles[2], "nothing is worth the whole of a restart: the best alone"
+    assert all(one.rows == 1 for one in chain)
+
+
+def test_a_generation_charges_its_rows(models: Callable[[int], Models]) -> None:
+    found = TreeDecoder(*models(3), Tree(3)).generate([5, 6], 20)
+    free = found.theoretical_speedup
+    assert free is not None and found.rows > 1
+    assert found.row_charged_speedup(0.0) == free
+    assert found.row_charged_speedup(0.5) == pytest.approx(free / (1 + 0.5 * (found.rows - 1)))
+
+
 # -- every branch is what it would be alone ----------------------------------------------------------------------------
 
 

@@ -63,6 +63,10 @@ def add_model_flags(parser: CommandParser, head_required: bool = False) -> None:
         "--tree-sharpness", type=float, metavar="X",
         help="the target's choice is surer than a draft's probabilities by this factor of logits (docs/quality.md)",
     )  # fmt: skip
+    tree.add_argument(
+        "--tree-gate", type=float, metavar="X",
+        help="leave out what is worth less than X: its chance times the share of a restart that it saves (default: 0)",
+    )  # fmt: skip
 
 
 def check_tree(options: Namespace, ranks: bool) -> Tree | None:
@@ -72,8 +76,9 @@ def check_tree(options: Namespace, ranks: bool) -> Tree | None:
         InputError: it cannot be, with what else is asked for.
     """
     if options.tree is None:
-        if options.tree_sharpness is not None:
-            raise InputError(f"--tree-sharpness {options.tree_sharpness:g} belongs to a tree: give --tree K too.")
+        for flag, value in (("--tree-sharpness", options.tree_sharpness), ("--tree-gate", options.tree_gate)):
+            if value is not None:
+                raise InputError(f"{flag} {value:g} belongs to a tree: give --tree K too.")
         return None
     for name, wrong in (("--workers", ranks), ("--forced-acceptance", getattr(options, "forced_acceptance", None))):
         if wrong:
@@ -82,8 +87,8 @@ def check_tree(options: Namespace, ranks: bool) -> Tree | None:
         raise InputError(f"--tree {options.tree}: a draft tree needs a head: give --head.")
     from spd_lightning.decoding.tree import Tree
 
-    sharpness = {} if options.tree_sharpness is None else {"sharpness": options.tree_sharpness}
-    return Tree(options.tree, **sharpness)
+    given = {"sharpness": options.tree_sharpness, "gate": options.tree_gate}
+    return Tree(options.tree, **{name: value for name, value in given.items() if value is not None})
 
 
 def add_target_flags(parser: CommandParser) -> Any:

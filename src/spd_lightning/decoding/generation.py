@@ -22,6 +22,7 @@ class Generation:
         restart_positions: absolute positions whose token came from the target, the first generated token first.
         prefill_seconds: prompt through target and head, up to the first token.
         decode_seconds: everything after it.
+        rows: of a stage's pass, on average; above 1 in a draft tree alone.
         ranks: processes that ran the stages at the same time; 1: one after another, and seconds are a simulated clock.
     """
 
@@ -34,6 +35,7 @@ class Generation:
     restart_positions: list[int] = field(default_factory=list)
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
+    rows: float = 1.0
     ranks: int = 1
 
     @property
@@ -45,6 +47,11 @@ class Generation:
     def theoretical_speedup(self) -> float | None:
         """S = n (new tokens - 1) / cycles; None where no cycle ran."""
         return theoretical_speedup(self.num_stages, len(self.token_ids), self.cycles)
+
+    def row_charged_speedup(self, row_cost: float) -> float | None:
+        """S where every further row of a pass makes the cycle longer by a share `row_cost` of a pass with one."""
+        free = self.theoretical_speedup
+        return None if free is None else free / (1 + row_cost * (self.rows - 1))
 
     @property
     def accepted_flags(self) -> list[bool]:

@@ -260,6 +260,8 @@ class GraphDecoder(SpdDecoder):
 class GraphRun:
     """What a generation keeps on the host: integers, and the drafts in flight."""
 
+    rows = 1.0
+
     schedule: PipelineSchedule
 
     def __init__(

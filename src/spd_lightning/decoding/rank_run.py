@@ -71,6 +71,8 @@ class Paced:
 class RankRun:
     """One generation on one rank."""
 
+    rows = 1.0
+
     def __init__(
         self,
         decoder: PipelineDecoder,

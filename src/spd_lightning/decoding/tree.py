@@ -55,17 +55,22 @@ class Tree:
         width: k, continuations that enter per cycle at most; 1: a chain, as without a tree.
         sharpness: see `fitted_sharpness`.
         late: whether an older node's second thoughts may enter too, beside the newest nodes' continuations.
+        gate: what a continuation must be worth to enter, the chance of its path x the share of a restart that it saves;
+            rows are not free, and where the head is sure of one path others are worth nothing. The best always enters.
     """
 
     width: int = 3
     sharpness: float = 2.5
     late: bool = True
+    gate: float = 0.0
 
     def __post_init__(self) -> None:
         if not 1 <= self.width <= 16:
             raise InputError(f"Tree.width={self.width} (--tree): expected 1 to 16 continuations per cycle.")
         if not (math.isfinite(self.sharpness) and self.sharpness > 0):
             raise InputError(f"Tree.sharpness={self.sharpness} (--tree-sharpness): expected a positive number.")
+        if not 0 <= self.gate < 1:
+            raise InputError(f"Tree.gate={self.gate} (--tree-gate): expected a number from 0 to below 1.")
 
 
 @dataclass(eq=False)
@@ -189,6 +194,7 @@ class _TreeRun:
         self.keep = {anchor: row for row, anchor in enumerate(self.staircase.anchors)}
         bounds = self.staircase.boundaries
         self.stage_layers = [range(start, stop) for start, stop in pairwise(bounds)]
+        self.passes = self.rows_passed = 0  # of stages
         self.slots: dict[int, _Slot] = {}  # entry cycle -> nodes of the last n + 1 cycles
         self.root: Node  # the last verified token
 
@@ -228,6 +234,11 @@ class _TreeRun:
         self._enter(entering)
         return CycleEvent(plan, entering[0].token if entering else None, emitted, accepted)
 
+    @property
+    def rows(self) -> float:
+        """Rows of a stage's pass so far, on average."""
+        return self.rows_passed / max(1, self.passes)
+
     def end(self, stopped: bool) -> None:
         """Nothing outlives a generation here."""
 
@@ -266,6 +277,8 @@ class _TreeRun:
 
     def _stage(self, stage: int, slot: _Slot) -> None:
         """The rows of a slot through one stage."""
+        self.passes += 1
+        self.rows_passed += len(slot.nodes)
         self.cache.write_to(slot.places, slot.mask.shape[-1])
         slot.hidden = self.target.run_layers(
             slot.hidden,
@@ -312,9 +325,9 @@ class _TreeRun:
                 if token not in there:
                     found.append((path + chance + math.log((n - gap) / n), node, token, chance))
         found.sort(key=lambda one: -one[0])
-        return [
-            self._node(node, node.position + 1, token, chance) for _, node, token, chance in found[: self.tree.width]
-        ]
+        least = math.log(self.tree.gate) if self.tree.gate else -math.inf
+        entering = found[:1] + [one for one in found[1 : self.tree.width] if one[0] >= least]
+        return [self._node(node, node.position + 1, token, chance) for _, node, token, chance in entering]
 
     def _path_chance(self, node: Node) -> float:
         """log of the chance that a node is right, given what is verified."""
