@@ -3,7 +3,7 @@
 One head, the same prompts and draws for all, one generation after another in turn, so that whatever else the machine
 does falls on all alike. The sharpness of a tree is fitted on prompts of its own. What rows cost is measured twice: the
 time of a cycle of this engine, which runs all stages of the tiny target one after another, against the chain's; and the
-time of a pass through one decoder layer of Llama 3.1 8B's sizes with as many rows, against one row. What a pass costs is
+time of as many rows through one decoder layer of Llama 3.1 8B's sizes, against one row. What a pass costs is
 a matter of size: a small layer is arithmetic and calls, a large one is the reading of its weights.
 
     .venv/bin/python benchmarks/tree.py --run runs/tiny      writes records/tree.json, renews docs/quality.md
