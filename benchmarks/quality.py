@@ -113,6 +113,7 @@ def _loss(**weights: float) -> dict[str, Any]:
 NORM = {"model.head.anchor_norm": "true"}
 MUON = {"model.optimizer": "muon"}
 
+LINEAR = {"model.schedule": "linear", "model.final_learning_rate": 0.0}
 WARM = {"model.head.kind": "target", "model.head.warm_start": "true"}
 
 
@@ -129,6 +130,9 @@ SCREEN = [
     *(_both(MUON, "muon", lr, 4) for lr in (3e-3, 6e-3)),
     *(_both(MUON | {"model.adamw_learning_rate": 1e-3}, "muon-lmhead1e-3", lr, batch) for lr, batch in HALVES),
     _both(MUON | NORM, "muon-norm", 6e-3, 4),
+    _both(MUON | LINEAR, "muon-linear", 6e-3, 4),
+    _both(MUON | _loss(kl=1.0, ce=0.5), "muon-ce", 6e-3, 4),
+    _both(MUON | _loss(kl=1.0, deeper_rows=0.3), "muon-deeper", 6e-3, 4),
     _both(MUON | WARM, "muon-warm", 6e-3, 4),
     _both({}, "adamw", 2e-3, 4),
     _both(NORM, "norm", 2e-3, 4),
@@ -290,14 +294,17 @@ def judged_rows(study: list[Variant], baseline: str) -> list[dict[str, Any]]:
 
 
 def chosen(study: list[Variant], only: str | None) -> Iterator[Variant]:
-    return (v for v in study if only is None or any(fnmatch.fnmatch(v.name, part) for part in only.split(",")))
+    """Those whose name, or name-sSEED, fits one of the patterns."""
+    patterns = ["*"] if only is None else only.split(",")
+    return (v for v in study if any(fnmatch.fnmatch(name, p) for p in patterns for name in (v.name, v.folder.name)))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", choices=sorted(STUDIES))
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
-    parser.add_argument("--only", help="names or patterns, separated by commas")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--threads", type=int, default=1, help="of each")
+    parser.add_argument("--only", help="names or patterns of names, or of name-sSEED, separated by commas")
     parser.add_argument("--list", action="store_true", help="show what there is; run nothing")
     parser.add_argument("--data", type=Path, help="final: folder with gsm8k, human_eval and spec_bench")
     options = parser.parse_args()
@@ -305,7 +312,7 @@ def main() -> int:
     if not options.list:
         os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that judge
         with ThreadPoolExecutor(options.jobs) as pool:
-            list(pool.map(lambda v: run(v, max(1, (os.cpu_count() or 1) // options.jobs)), chosen(study, options.only)))
+            list(pool.map(lambda v: run(v, options.threads), chosen(study, options.only)))
         if options.study in BASELINES:
             heads = [variant for variant in chosen(study, options.only) if finished(variant)]
             with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as processes:
@@ -375,11 +382,15 @@ def _seeds(variant: Variant) -> list[Variant]:
     return [replace(variant, seed=seed) for seed in range(3)]
 
 
-FINAL: list[Variant] = []
+FINAL = [
+    *_seeds(_both({}, "published", 1e-3, 4, published=True)),
+    _both({}, "published", 2e-3, 16, published=True),
+    *_seeds(_both(MUON, "muon", 6e-3, 4)),
+]
 
 STUDIES = {"screen": SCREEN, "final": FINAL}
 #: Studies whose heads decode more prompts, and the recipe that the others are held against.
-BASELINES = {"final": "published-b4-lr0.002"}
+BASELINES = {"final": "published-b4-lr0.001"}
 
 if __name__ == "__main__":
     sys.exit(main())
