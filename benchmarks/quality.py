@@ -121,21 +121,25 @@ def _both(change: dict[str, Any], name: str, lr: float, batch: int, published: b
     return Variant(f"{name}-b{batch}-lr{lr:g}", change | _lr(lr), published, batch)
 
 
-HALVES = ((6e-3, 4), (1.2e-2, 16), (1.2e-2, 4))
+def _muon(name: str, change: dict[str, Any], lr: float = 6e-3, lm_head: float = 5e-4, batch: int = 4) -> Variant:
+    """Muon with a rate of its own for what AdamW takes."""
+    return _both(MUON | {"model.adamw_learning_rate": lm_head} | change, name, lr, batch)
+
 
 SCREEN = [
-    *(_both({}, "published", lr, 16, published=True) for lr in (1e-3, 2e-3, 4e-3)),
+    *(_both({}, "published", lr, 16, published=True) for lr in (2e-3, 4e-3)),
     *(_both({}, "published", lr, 4, published=True) for lr in (1e-3, 2e-3)),
-    *(_both(MUON, "muon", lr, 16) for lr in (6e-3, 1.2e-2)),
+    _both(MUON, "muon", 6e-3, 16),
     *(_both(MUON, "muon", lr, 4) for lr in (3e-3, 6e-3)),
-    *(_both(MUON | {"model.adamw_learning_rate": 1e-3}, "muon-lmhead1e-3", lr, batch) for lr, batch in HALVES),
-    _both(MUON | NORM, "muon-norm", 6e-3, 4),
-    _both(MUON | LINEAR, "muon-linear", 6e-3, 4),
-    _both(MUON | _loss(kl=1.0, ce=0.5), "muon-ce", 6e-3, 4),
-    _both(MUON | _loss(kl=1.0, deeper_rows=0.3), "muon-deeper", 6e-3, 4),
-    _both(MUON | WARM, "muon-warm", 6e-3, 4),
-    _both({}, "adamw", 2e-3, 4),
-    _both(NORM, "norm", 2e-3, 4),
+    _muon("muon-lmhead1e-3", {}, lm_head=1e-3),
+    _muon("muon-lmhead5e-4", {}),
+    _muon("muon-lmhead5e-4-norm", NORM),
+    _muon("muon-lmhead5e-4-linear", LINEAR),
+    _muon("muon-lmhead5e-4-warm", WARM),
+    _muon("muon-lmhead5e-4-ce", _loss(kl=1.0, ce=0.5)),
+    _muon("muon-lmhead5e-4-deeper", _loss(kl=1.0, deeper_rows=0.3)),
+    _muon("muon-lmhead5e-4-lk_hybrid", _loss(lk_hybrid=1.0)),
+    _muon("muon-lmhead5e-4", {}, batch=2),
 ]
 
 
