@@ -37,7 +37,7 @@ from common import ROOT, console, renew_readme, write_record
 
 RUNS = ROOT / "runs" / "quality"
 HELD_OUT = ROOT / "src/spd_lightning/embedded/documentation/heldout.jsonl.gz"
-PUBLISHED = "recipes/overlays/published.yaml"
+OVERLAY = "recipes/overlays/published.yaml"
 #: What all runs share; a number of tokens, not of steps, is what batches of other sizes are compared at.
 SHARED = {
     "tracking.wandb": "disabled", "tracking.samples": 0, "final.baselines": "false", "decoding.prompts": 4,
@@ -98,7 +98,7 @@ class Variant:
             fields |= {"data.train": str(self.regenerated)}
         if self.stages != 8:
             fields |= {"model.num_stages": self.stages}
-        words = ["fit", "--config", "tiny", *(["--config", PUBLISHED] if self.published else [])]
+        words = ["fit", "--config", "tiny", *(["--config", OVERLAY] if self.published else [])]
         return [*words, *(f"--{key}={value}" for key, value in fields.items())]
 
 
@@ -386,15 +386,24 @@ def _seeds(variant: Variant) -> list[Variant]:
     return [replace(variant, seed=seed) for seed in range(3)]
 
 
-FINAL = [
-    *_seeds(_both({}, "published", 1e-3, 4, published=True)),
-    _both({}, "published", 2e-3, 16, published=True),
-    *_seeds(_both(MUON, "muon", 6e-3, 4)),
-]
+BEST = _muon("muon-lmhead5e-4", {})
+PUBLISHED = _both({}, "published", 1e-3, 4, published=True)
+#: Responses that the target wrote itself: `data regenerate documentation:train --target tiny --out runs/regenerated`.
+REGENERATED = ROOT / "runs" / "regenerated" / "train.jsonl"
+#: Folder of benchmarks/second_target.py.
+SECOND = ROOT / "runs" / "second"
 
-STUDIES = {"screen": SCREEN, "final": FINAL}
+FINAL = [
+    *_seeds(PUBLISHED),
+    _both({}, "published", 2e-3, 16, published=True),
+    *_seeds(BEST),
+    *_seeds(replace(BEST, name="best, regenerated", regenerated=REGENERATED)),
+]
+OTHER = [replace(variant, name=f"second-{variant.name}", corpus=SECOND) for variant in (PUBLISHED, BEST)]
+
+STUDIES = {"screen": SCREEN, "final": FINAL, "second": OTHER}
 #: Studies whose heads decode more prompts, and the recipe that the others are held against.
-BASELINES = {"final": "published-b4-lr0.001"}
+BASELINES = {"final": PUBLISHED.name, "second": f"second-{PUBLISHED.name}"}
 
 if __name__ == "__main__":
     sys.exit(main())

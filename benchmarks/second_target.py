@@ -1,7 +1,8 @@
 """A second target to check findings on: a Llama of 12 layers that speaks Python documentation and school mathematics.
 
-It is trained by data_prep/documentation/03_target.py on the embedded documentation and on GSM8K's training questions;
-its tokenizer is the embedded target's. Three of GSM8K's training questions in a hundred are held out.
+It grows out of the embedded one: behind every second layer comes a copy of it that writes nothing yet, and all of them
+are trained further, by data_prep/documentation/03_target.py, on the embedded documentation and on GSM8K's training
+questions. Its tokenizer is the embedded target's. Three of GSM8K's training questions in a hundred are held out.
 
     .venv/bin/python benchmarks/second_target.py --gsm8k FOLDER --minutes 25     writes runs/second: corpus and target
 """
@@ -13,11 +14,16 @@ import gzip
 import json
 import random
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import torch
 from common import ROOT, console
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 FOLDER = ROOT / "runs" / "second"
 DOCUMENTATION = ROOT / "src/spd_lightning/embedded/documentation"
@@ -39,6 +45,24 @@ def conversations(gsm8k: Path, split: str) -> list[str]:
     return lines
 
 
+def grow(steps: Any) -> None:
+    """The checkpoint that training goes on from: the embedded target with a silent layer behind every second one."""
+    tokenizer = AutoTokenizer.from_pretrained(FOLDER / "tokenizer")
+    small = AutoModelForCausalLM.from_pretrained(TARGET, dtype=torch.float32)
+    model = steps.new_model(steps.model_config(tokenizer, LAYERS), seed=0)
+    weights = {name: value for name, value in small.state_dict().items() if ".layers." not in name}
+    place = 0
+    for index, layer in enumerate(small.model.layers):
+        for silent in (False, True)[: 1 + index % 2]:
+            for name, value in layer.state_dict().items():
+                writes = name.endswith(("o_proj.weight", "down_proj.weight"))
+                weights[f"model.layers.{place}.{name}"] = torch.zeros_like(value) if silent and writes else value
+            place += 1
+    model.load_state_dict(weights)
+    steps.save_checkpoint(FOLDER / "target-checkpoint.pt", model, steps.new_optimizer(model), steps.Progress())
+    (FOLDER / "target-run.json").write_text(json.dumps({"argv": ["second_target.py"], "settings": {"grown": True}}))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gsm8k", type=Path, required=True, help="folder with GSM8K's train.jsonl")
@@ -50,13 +74,14 @@ def main() -> int:
         lines = conversations(options.gsm8k, split)
         (FOLDER / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
         console.print(f"{split}: {len(lines)} conversations")
-    from transformers import AutoTokenizer
-
     AutoTokenizer.from_pretrained(TARGET).save_pretrained(FOLDER / "tokenizer")
+    # its file name is no module name
+    steps = runpy.run_path(str(ROOT / "data_prep/documentation/03_target.py"))
+    grow(SimpleNamespace(**steps))
     words = [
         sys.executable, "data_prep/documentation/03_target.py", "--corpus", str(FOLDER), "--out",
         str(FOLDER / "target"), "--layers", str(LAYERS), "--minutes", f"{options.minutes:g}", "--threads",
-        str(options.threads),
+        str(options.threads), "--lr", "1e-3", "--resume",
     ]  # fmt: skip
     return subprocess.run(words, cwd=ROOT).returncode
 
