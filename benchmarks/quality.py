@@ -52,7 +52,7 @@ class Variant:
     """A run: fields over the tiny recipe, and whether it starts from the published overlay.
 
     `corpus` is a folder with another target and its conversations (benchmarks/second_target.py); the embedded one
-    otherwise. `regenerated` is a file with responses that the target wrote itself.
+    otherwise. `regenerated` is a file with responses that the target wrote itself. Both from the repository's root.
     """
 
     name: str
@@ -75,7 +75,7 @@ class Variant:
         if self.corpus is None:
             text = gzip.decompress(HELD_OUT.read_bytes()).decode()
         else:
-            text = (self.corpus / "heldout.jsonl").read_text()
+            text = (ROOT / self.corpus / "heldout.jsonl").read_text()
         return [json.loads(line) for line in text.splitlines()]
 
     @property
@@ -96,6 +96,8 @@ class Variant:
             }  # fmt: skip
         if self.regenerated is not None:
             fields |= {"data.train": str(self.regenerated)}
+        if self.seed:
+            fields |= {"data.seed": self.seed}
         if self.stages != 8:
             fields |= {"model.num_stages": self.stages}
         words = ["fit", "--config", "tiny", *(["--config", OVERLAY] if self.published else [])]
@@ -209,7 +211,7 @@ def prompts_of(variant: Variant, data: Path | None) -> dict[str, list[list[int]]
     from spd_lightning.bench.prompts import read_prompts, spread
     from spd_lightning.target.loading import load_tokenizer
 
-    tokenizer = load_tokenizer(variant.target)
+    tokenizer = load_tokenizer(str(ROOT / variant.target) if variant.corpus else variant.target)
     held_out = variant.held_out()
     sets = {"held-out": [row["messages"][:1] for row in held_out[len(held_out) - PROMPTS :]]}
     if data is not None and variant.seed == 0:
@@ -232,7 +234,7 @@ def judge(variant: Variant, data: Path | None) -> str:
     path = variant.folder / "judged.json"
     known = json.loads(path.read_text()) if path.exists() else {}
     torch.set_num_threads(1)
-    target = load_target(variant.target)
+    target = load_target(str(ROOT / variant.target) if variant.corpus else variant.target)
     decoder = SpdDecoder(target, load_head(variant.folder, target))
     for name, prompts in prompts_of(variant, data).items():
         for temperature in (0.0, 1.0):
@@ -389,9 +391,9 @@ def _seeds(variant: Variant) -> list[Variant]:
 BEST = _muon("muon-lmhead5e-4", {})
 PUBLISHED = _both({}, "published", 1e-3, 4, published=True)
 #: Responses that the target wrote itself: `data regenerate documentation:train --target tiny --out runs/regenerated`.
-REGENERATED = ROOT / "runs" / "regenerated" / "train.jsonl"
+REGENERATED = Path("runs/regenerated/train.jsonl")
 #: Folder of benchmarks/second_target.py.
-SECOND = ROOT / "runs" / "second"
+SECOND = Path("runs/second")
 
 FINAL = [
     *_seeds(PUBLISHED),
