@@ -43,6 +43,12 @@ SHARED = {
     "tracking.wandb": "disabled", "tracking.samples": 0, "final.baselines": "false", "decoding.prompts": 4,
     "trainer.log_every_n_steps": 40, "survival.save_every_minutes": 60,
 }  # fmt: skip
+#: What a run has unless its change says otherwise, whatever the recipe's own choice is by now; the overlay of the
+#: published recipe says all of it.
+PLAIN = {
+    "model.optimizer": "adamw", "model.adamw_learning_rate": "null", "model.schedule": "cosine",
+    "model.final_learning_rate": 0.1,
+}  # fmt: skip
 FORCED = ("kl", "top1", "hit2", "hit4", "alpha")
 ROWS = 4480  # conversations of a run: half of the corpus
 
@@ -88,7 +94,7 @@ class Variant:
             "data.batch_size": self.batch, "trainer.max_steps": steps, "trainer.val_check_interval": steps,
             "seed_everything": self.seed, "model.seed": self.seed, "final.prompts": self.prompts,
             "final.temperatures": self.temperatures,
-        } | self.fields  # fmt: skip
+        } | ({} if self.published else PLAIN) | self.fields  # fmt: skip
         if self.corpus is not None:
             fields |= {
                 "model.target": self.target, "data.train": str(self.corpus / "train.jsonl"),

@@ -77,6 +77,7 @@ def base_fields(model_folder: Path, data_files: dict[str, str]) -> dict[str, Any
         "decoding__prompts": 5,
         "decoding__max_new_tokens": 16,
         "final__prompts": 0,
+        "model__optimizer": "adamw",  # what DeepSpeed knows
         "trainer__accelerator": "cpu",
         "trainer__log_every_n_steps": 1,
         "trainer__enable_progress_bar": False,

@@ -15,7 +15,7 @@ from spd_lightning.training.saving import progress_checkpoints
 
 Go = Callable[..., Done]
 STEPS, STOP, STOPPED = 10, 5, 128 + 15
-RUNS = some_strategies("single", default=["deepspeed_stage_3"])
+RUNS = some_strategies("single", "muon", default=["deepspeed_stage_3"])
 CROSSINGS = [
     "single-by-deepspeed_stage_3",
     *also("deepspeed_stage_3-by-one", *(f"{s}-by-one" for s in STRATEGIES[:3])),
@@ -47,9 +47,12 @@ def whole_stopped_resumed(name: str, fields: dict[str, Any], folder: Path) -> li
 @pytest.fixture(scope="module")
 def runs(request: pytest.FixtureRequest, go: Go, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("resuming")
-    done = go(folder, whole_stopped_resumed("single", fields(), folder))
-    assert list(done.returned.values()) == [0, STOPPED, 0], done.output
     asked = {name for (name,) in asked_for(request, "run")} - {"single"}
+    muon = fields(model__optimizer="muon", model__adamw_learning_rate=1e-3)
+    for name, settings in (("single", fields()), *((("muon", muon),) if "muon" in asked else ())):
+        done = go(folder, whole_stopped_resumed(name, settings, folder))
+        assert list(done.returned.values()) == [0, STOPPED, 0], done.output
+    asked -= {"muon"}
     cases = [case for strategy in sorted(asked) for case in whole_stopped_resumed(strategy, two(strategy), folder)]
     if cases:
         done = go(folder, cases, ranks=2)

@@ -82,7 +82,7 @@ class SpdModule(L.LightningModule):
         restart_rate: probability that a training token starts after a flush, 1 - p of the decoder it is meant for.
         optimizer: adamw; or muon, for all matrices but the lm_head (adamw for the rest).
         learning_rate: peak.
-        adamw_learning_rate: peak of what AdamW takes beside Muon, the lm_head and the norms; null: learning_rate.
+        adamw_learning_rate: peak of what AdamW takes, beside Muon the lm_head and the norms; null: learning_rate.
         weight_decay: on matrices only.
         warmup: share of the steps in which the learning rate rises linearly.
         schedule: how it falls after that.
@@ -138,11 +138,6 @@ class SpdModule(L.LightningModule):
         for name, rate in (("learning_rate", learning_rate), ("adamw_learning_rate", adamw_learning_rate)):
             if rate is not None and not rate > 0:
                 raise InputError(f"model.{name}={rate}: expected a positive number.")
-        if adamw_learning_rate is not None and optimizer != "muon":
-            raise InputError(
-                f"model.adamw_learning_rate={adamw_learning_rate}: it is for model.optimizer=muon; with {optimizer} "
-                "set model.learning_rate."
-            )
         if loss_chunk < 1:
             raise InputError(f"model.loss_chunk={loss_chunk}: expected at least 1.")
         self.strict_loading = False  # the frozen target is in no checkpoint; missing HEAD keys are refused below
@@ -267,13 +262,13 @@ class SpdModule(L.LightningModule):
         strategy = self.trainer.strategy
         # in host memory the fused kernel is several times as fast
         fused = True if isinstance(strategy, ZeroStrategy) and strategy.offloads else None
+        adamw_rate = self.settings.adamw_learning_rate or self.settings.learning_rate
         optimizer: torch.optim.Optimizer
         if self.settings.optimizer == "muon":
             _, head = self.parts()
-            rate, apart = self.settings.learning_rate, self.settings.adamw_learning_rate
-            optimizer = MuonAdamW(groups, rate, rate if apart is None else apart, apart=[head.lm_head.weight])
+            optimizer = MuonAdamW(groups, self.settings.learning_rate, adamw_rate, apart=[head.lm_head.weight])
         else:
-            optimizer = torch.optim.AdamW(groups, lr=self.settings.learning_rate, betas=BETAS, fused=fused)
+            optimizer = torch.optim.AdamW(groups, lr=adamw_rate, betas=BETAS, fused=fused)
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = scheduled(optimizer, self.settings, steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
