@@ -43,12 +43,6 @@ SHARED = {
     "tracking.wandb": "disabled", "tracking.samples": 0, "final.baselines": "false", "decoding.prompts": 4,
     "trainer.log_every_n_steps": 40, "survival.save_every_minutes": 60,
 }  # fmt: skip
-#: What a run has unless its change says otherwise, whatever the recipe's own choice is by now; the overlay of the
-#: published recipe says all of it.
-PLAIN = {
-    "model.optimizer": "adamw", "model.adamw_learning_rate": "null", "model.schedule": "cosine",
-    "model.final_learning_rate": 0.1,
-}  # fmt: skip
 FORCED = ("kl", "top1", "hit2", "hit4", "alpha")
 ROWS = 4480  # conversations of a run: half of the corpus
 
@@ -94,7 +88,7 @@ class Variant:
             "data.batch_size": self.batch, "trainer.max_steps": steps, "trainer.val_check_interval": steps,
             "seed_everything": self.seed, "model.seed": self.seed, "final.prompts": self.prompts,
             "final.temperatures": self.temperatures,
-        } | ({} if self.published else PLAIN) | self.fields  # fmt: skip
+        } | self.fields  # fmt: skip
         if self.corpus is not None:
             fields |= {
                 "model.target": self.target, "data.train": str(self.corpus / "train.jsonl"),
@@ -143,6 +137,7 @@ SCREEN = [
     _muon("muon-lmhead5e-4", {}),
     _muon("muon-lmhead5e-4-norm", NORM),
     _muon("muon-lmhead5e-4-linear", LINEAR),
+    _muon("muon-lmhead5e-4-norm-linear", NORM | LINEAR),
     _muon("muon-lmhead5e-4-warm", WARM),
     _muon("muon-lmhead5e-4-ce", _loss(kl=1.0, ce=0.5)),
     _muon("muon-lmhead5e-4-deeper", _loss(kl=1.0, deeper_rows=0.3)),
@@ -394,7 +389,7 @@ def _seeds(variant: Variant) -> list[Variant]:
     return [replace(variant, seed=seed) for seed in range(3)]
 
 
-BEST = _muon("muon-lmhead5e-4", {})
+BEST = _muon("muon-lmhead5e-4-norm-linear", NORM | LINEAR)
 PUBLISHED = _both({}, "published", 1e-3, 4, published=True)
 #: Responses that the target wrote itself: `data regenerate documentation:train --target tiny --out runs/regenerated`.
 REGENERATED = Path("runs/regenerated/train.jsonl")
@@ -405,7 +400,7 @@ FINAL = [
     *_seeds(PUBLISHED),
     _both({}, "published", 2e-3, 16, published=True),
     *_seeds(BEST),
-    *_seeds(replace(BEST, name="best, regenerated", regenerated=REGENERATED)),
+    *_seeds(replace(BEST, name="the same, regenerated responses", regenerated=REGENERATED)),
 ]
 OTHER = [replace(variant, name=f"second-{variant.name}", corpus=SECOND) for variant in (PUBLISHED, BEST)]
 
