@@ -185,7 +185,7 @@ def row_of(variant: Variant) -> dict[str, Any]:
     last = {key: value for line in steps for key, value in line.items()}
     return {
         "name": variant.name, "seed": variant.seed, "words": variant.words()[1:], "batch": variant.batch,
-        "tokens": results["tokens"], "seconds": record["seconds"]["train and validate"],
+        "commit": record["commit"], "tokens": results["tokens"], "seconds": record["seconds"]["train and validate"],
         "p": greedy["acceptance"], "interval": greedy["acceptance_interval"], "S": greedy["theoretical_speedup"],
         "drafts": greedy["drafts_verified"], "by_fill": greedy["by_fill"],
         "p_T1": final[1.0]["acceptance"] if 1.0 in final else None,
@@ -400,7 +400,7 @@ FINAL = [
     *_seeds(PUBLISHED),
     _both({}, "published", 2e-3, 16, published=True),
     *_seeds(BEST),
-    *_seeds(replace(BEST, name="the same, regenerated responses", regenerated=REGENERATED)),
+    *_seeds(replace(BEST, name="muon-lmhead5e-4-norm-linear-regenerated", regenerated=REGENERATED)),
 ]
 OTHER = [replace(variant, name=f"second-{variant.name}", corpus=SECOND) for variant in (PUBLISHED, BEST)]
 

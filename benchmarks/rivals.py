@@ -132,7 +132,7 @@ class ChainHead(Rival):
             embedded = normed(target.model.get_input_embeddings()(entering))
             x = self.join(torch.cat([embedded, normed(feature)], -1))
             for layer, cache in zip(self.layers, caches, strict=True):
-                x = self.attend(layer, x, shift, cache)  # type: ignore[arg-type]
+                x = self.attend(layer, x, shift, cache)
             found.append((x, shift + 1))
             feature = x
         return found
@@ -149,7 +149,7 @@ class ExitHead(Rival):
     def hidden(self, target: Target, states: list[Tensor], ids: Tensor) -> list[tuple[Tensor, int]]:
         x = F.rms_norm(states[0], (self.config.hidden_size,), eps=self.config.rms_norm_eps)
         for layer in self.layers:
-            x = self.attend(layer, x, 0, [])  # type: ignore[arg-type]
+            x = self.attend(layer, x, 0, [])
         return [(x, 1)]
 
 
@@ -162,14 +162,13 @@ class RivalModule(SpdModule):
     """SPD's module with another head and its loss; everything else is the same."""
 
     def __init__(self, name: str, **settings: Any) -> None:
-        self.name = name
         super().__init__(target="tiny", num_stages=8, **settings)
         self.name = name
 
     def configure_model(self) -> None:
         if self.head is None:
             self.target = load_target("tiny").partition(8)
-            self.head = make(self.name, self.target, self.settings.seed)  # type: ignore[assignment]
+            self.head = make(self.name, self.target, self.settings.seed)
             self.train_statistics, self.val_statistics = DraftStatistics(8), DraftStatistics(8)
 
     def loss(self, batch: Batch, statistics: bool) -> tuple[Tensor, Tensor]:
@@ -178,7 +177,7 @@ class RivalModule(SpdModule):
         states, last = target(ids, head.anchors)
         drafted = supervised_positions(batch)  # at u: whether x_{u+1} is one that is drafted
         total, weights, kept = last.new_zeros(()), 0.0, None
-        for step, (hidden, shift) in enumerate(head.hidden(target, states, ids)):  # type: ignore[operator]
+        for step, (hidden, shift) in enumerate(head.hidden(target, states, ids)):
             S, back = ids.shape[1], shift - 1  # index t is judged at position t + back
             asked = drafted[:, back:]
             loss = partial(
@@ -297,35 +296,31 @@ def seconds_of(run: Any, repeats: int = 200) -> float:
 
 
 @torch.inference_mode()
-def draft_cost(target: Target, head: Rival) -> float:
-    """Time of one draft step of the chain at a length of 128 over that of one pass of the target with a token."""
-    cache, rotary = target.new_cache(256), target.rotary_table(256)
-    target(torch.arange(10, 138)[None], (), cache=cache)
-    nothing = torch.empty(0, target.hidden_size)
+def draft_cost(target: Target, head: ChainHead) -> float:
+    """Time of one draft step of the chain over that of one pass of the target with a token; both after 128 tokens."""
+    length, nothing = 128, torch.empty(0, target.hidden_size)
+    cache, table = target.new_cache(2 * length), target.rotary_table(2 * length)
+    target(torch.arange(10, 10 + length)[None], (), cache=cache)
 
     def target_pass() -> None:
-        hidden = target.run_layers(target.embed(7), range(target.num_layers), 128, rotary, cache, {}, nothing)
+        hidden = target.run_layers(target.embed(7), range(target.num_layers), length, table, cache, {}, nothing)
         target.logits(hidden).argmax()
-        cache.truncate(128)
+        cache.truncate(length)
 
-    config = head.config
-    shape = (1, config.num_key_value_heads, 128, config.head_dim)
-    keys, x = torch.randn(shape), torch.randn(1, 1, config.hidden_size)
+    config, x = head.config, torch.randn(1, 1, target.hidden_size)
+    keys = torch.randn(1, config.num_key_value_heads, length, config.head_dim)
+    here = head.rotary(x, torch.tensor([[length]]))
 
     def draft() -> None:
-        assert isinstance(head, ChainHead)
         row = head.join(torch.cat([x, x], -1))
-        cos, sin = (part[:, None, None] for part in (rotary_one[0], rotary_one[1]))
         for layer in head.layers:
-            assert isinstance(layer, HeadLayer)
             normed = layer.input_layernorm(row)
-            query, gate = layer.self_attn.query(normed, (cos[0, 0], sin[0, 0]))
-            layer.self_attn.key_value(normed, (cos[0, 0], sin[0, 0]))
+            query, gate = layer.self_attn.query(normed, here)
+            layer.self_attn.key_value(normed, here)
             out = F.scaled_dot_product_attention(query.transpose(1, 2), keys, keys, enable_gqa=True)
             row = layer.finish(row, out.transpose(1, 2), gate)
         head.lm_head(head.norm(row)).argmax()
 
-    rotary_one = head.rotary(x, torch.tensor([[128]]))
     for run in (target_pass, draft):
         seconds_of(run, 20)
     return seconds_of(draft) / seconds_of(target_pass)
@@ -432,11 +427,13 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.work == "train":
+        if options.name is None:
+            parser.error(f"train: which of {', '.join(NAMES)}?")
         settings = {"optimizer": options.optimizer, "learning_rate": options.learning_rate}
         train(options.name, settings, options.batch, options.rows, RUNS / (options.folder or options.name))
         return 0
-    if options.run is None:
-        parser.error("compare: --run RUN is missing, a finished run of the tiny recipe")
+    if options.run is None or not options.run.is_dir():
+        parser.error(f"compare --run {options.run}: expected the folder of a finished run of the tiny recipe")
     write_record("rivals", compare(options.run, options.prompts), threads=1)
     found = json.loads((RECORDS / "rivals.json").read_text())
     renew_readme("rivals", markdown(found), "docs/quality.md")

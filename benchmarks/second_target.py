@@ -69,6 +69,8 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=25)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
+    if not (options.gsm8k / "train.jsonl").is_file():
+        parser.error(f"--gsm8k {options.gsm8k}: expected a folder with GSM8K's train.jsonl")
     FOLDER.mkdir(parents=True, exist_ok=True)
     for split in ("train", "heldout"):
         lines = conversations(options.gsm8k, split)

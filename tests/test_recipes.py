@@ -253,6 +253,20 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory, make_target: Callable
     return make
 
 
+@pytest.mark.parametrize("overlay", sorted((Path(__file__).parents[1] / "recipes" / "overlays").glob("*.yaml")))
+def test_an_overlay_changes_fields_of_the_tiny_recipe_and_says_how_it_is_launched(
+    overlay: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["fit", "--config", "tiny", "--config", str(overlay), "--print_config"]) == 0
+    whole, changes = yaml.safe_load(capsys.readouterr().out), yaml.safe_load(overlay.read_text())
+    assert f"--config recipes/overlays/{overlay.name}" in overlay.read_text()
+    assert all(
+        whole[part][name] == value for part in changes for name, value in changes[part].items() if name != "head"
+    )
+    head = changes["model"].get("head", {})
+    assert all(whole["model"]["head"][name] == value for name, value in head.items())
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_trains_validates_by_decoding_and_leaves_a_head_of_its_familys_kind(
     name: str, model_folder: Callable[[str], Path], data: Path, tmp_path: Path
