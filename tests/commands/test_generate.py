@@ -372,17 +372,21 @@ def test_ctrl_c_ends_an_answer_and_keeps_what_there_is(arguments, capsys, monkey
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(TextStream, "__call__", interrupted)
-    handler = signal.getsignal(signal.SIGINT)
-    if session:
-        monkeypatch.setattr(sys, "stdin", Terminal("the list\nthe names\n"))
-        assert cli.main(arguments) == 0
-    else:
-        assert cli.main([*arguments, "--prompt", "the list"]) == 130
+    handler = signal.default_int_handler
+    before_all = signal.signal(signal.SIGINT, handler)  # whoever started the tests in the background ignores it
+    try:
+        if session:
+            monkeypatch.setattr(sys, "stdin", Terminal("the list\nthe names\n"))
+            assert cli.main(arguments) == 0
+        else:
+            assert cli.main([*arguments, "--prompt", "the list"]) == 130
+        assert signal.getsignal(signal.SIGINT) is handler
+    finally:
+        signal.signal(signal.SIGINT, before_all)
     found = capsys.readouterr()
     assert "interrupted | " in found.err and "Traceback" not in found.err
     assert found.out.endswith("\n")
     assert ("in all: 2 answers" in found.err) == session
-    assert signal.getsignal(signal.SIGINT) is handler
 
 
 def test_ctrl_c_while_decoding_ends_the_line_and_the_program(arguments, capsys, monkeypatch):
