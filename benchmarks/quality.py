@@ -43,6 +43,12 @@ SHARED = {
     "tracking.wandb": "disabled", "tracking.samples": 0, "final.baselines": "false", "decoding.prompts": 4,
     "trainer.log_every_n_steps": 40, "survival.save_every_minutes": 60,
 }  # fmt: skip
+#: What a run has unless its change says otherwise, whatever the recipe's own choice is by now; the overlay of the
+#: published recipe says all of it.
+PLAIN = {
+    "model.optimizer": "adamw", "model.adamw_learning_rate": "null", "model.schedule": "cosine",
+    "model.final_learning_rate": 0.1, "model.head.anchor_norm": "false",
+}  # fmt: skip
 FORCED = ("kl", "top1", "hit2", "hit4", "alpha")
 ROWS = 4480  # conversations of a run: half of the corpus
 
@@ -88,7 +94,7 @@ class Variant:
             "data.batch_size": self.batch, "trainer.max_steps": steps, "trainer.val_check_interval": steps,
             "seed_everything": self.seed, "model.seed": self.seed, "final.prompts": self.prompts,
             "final.temperatures": self.temperatures,
-        } | self.fields  # fmt: skip
+        } | ({} if self.published else PLAIN) | self.fields  # fmt: skip
         if self.corpus is not None:
             fields |= {
                 "model.target": self.target, "data.train": str(self.corpus / "train.jsonl"),
@@ -138,11 +144,20 @@ SCREEN = [
     _muon("muon-lmhead5e-4-norm", NORM),
     _muon("muon-lmhead5e-4-linear", LINEAR),
     _muon("muon-lmhead5e-4-norm-linear", NORM | LINEAR),
-    _muon("muon-lmhead5e-4-warm", WARM),
-    _muon("muon-lmhead5e-4-ce", _loss(kl=1.0, ce=0.5)),
-    _muon("muon-lmhead5e-4-deeper", _loss(kl=1.0, deeper_rows=0.3)),
-    _muon("muon-lmhead5e-4-lk_hybrid", _loss(lk_hybrid=1.0)),
-    _muon("muon-lmhead5e-4", {}, batch=2),
+    # one thing left out of the best recipe
+    _both(MUON | NORM | LINEAR | {"model.adamw_learning_rate": 6e-3}, "muon-norm-linear", 6e-3, 4),
+    _both(NORM | LINEAR, "norm-linear", 1e-3, 4),
+    _muon("muon-lmhead5e-4-norm-linear", NORM | LINEAR, batch=16),
+    # one thing added to it, or changed
+    _muon("muon-lmhead5e-4-norm-linear", NORM | LINEAR, batch=2),
+    _muon("best-lk_hybrid", NORM | LINEAR | _loss(lk_hybrid=1.0)),
+    _muon("best-ce", NORM | LINEAR | _loss(kl=1.0, ce=0.5)),
+    _muon("best-deeper", NORM | LINEAR | _loss(kl=1.0, deeper_rows=0.3)),
+    _muon("best-warm", NORM | LINEAR | WARM),
+    _muon("best-target-kind", NORM | LINEAR | {"model.head.kind": "target"}),
+    _muon("best-restart0.25", NORM | LINEAR | {"model.restart_rate": 0.25}),
+    _muon("best-lmhead3e-4", NORM | LINEAR, lm_head=3e-4),
+    _muon("best-lmhead1e-3", NORM | LINEAR, lm_head=1e-3),
 ]
 
 
