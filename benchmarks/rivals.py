@@ -58,6 +58,11 @@ DECAY = 0.8  # of a later draft's weight in the loss
 NEW = 64
 EXITS = (1, 2, 4)
 NAMES = ("chain", *(f"exit{d}" for d in EXITS))
+#: How SPD's best head of docs/quality.md is trained; its normed states are in the rivals' heads themselves.
+SETTINGS = {
+    "optimizer": "muon", "learning_rate": 6e-3, "adamw_learning_rate": 5e-4, "schedule": "linear",
+    "final_learning_rate": 0.0,
+}  # fmt: skip
 
 
 class Rival(nn.Module):
@@ -417,8 +422,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", choices=("train", "compare"))
     parser.add_argument("name", nargs="?", choices=NAMES)
-    parser.add_argument("--optimizer", default="adamw")
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--learning-rate", type=float, default=SETTINGS["learning_rate"], help="peak, of Muon")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--rows", type=int, default=4480, help="conversations")
     parser.add_argument("--folder", help="under runs/rivals; the name by default")
@@ -429,7 +433,7 @@ def main() -> int:
     if options.work == "train":
         if options.name is None:
             parser.error(f"train: which of {', '.join(NAMES)}?")
-        settings = {"optimizer": options.optimizer, "learning_rate": options.learning_rate}
+        settings = SETTINGS | {"learning_rate": options.learning_rate}
         train(options.name, settings, options.batch, options.rows, RUNS / (options.folder or options.name))
         return 0
     if options.run is None or not options.run.is_dir():

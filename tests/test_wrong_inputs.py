@@ -532,6 +532,7 @@ def test_fit_ends_in_one_line_when_the_loss_is_not_finite(
     fit: Callable[..., list[str]], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     changes = {"model__learning_rate": "1e30", "trainer__gradient_clip_val": "null", "survival__skipped_steps": 1}
+    changes |= {"model__adamw_learning_rate": "1e30"}
     arguments = fit(**changes, model__warmup=0, trainer__max_steps=6, trainer__val_check_interval=6)
     says = "survival.skipped_steps=1: step 3 is number 2 whose"
     status = cli.main(arguments)
