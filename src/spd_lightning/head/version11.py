@@ -226,26 +226,27 @@ def _check_expressible(head: SpeculationHead) -> None:
     config, style = head.config, head.config.style
     if config.anchor_norm:
         raise InputError(
-            "--format v11 cannot express anchor_norm=True: version 11 knows no norm of anchors. Train with "
+            "--format v11 or manifest cannot express anchor_norm=True: version 11 knows no norm of anchors. Train with "
             "head.anchor_norm false, or export with --format folder."
         )
     plain = LayerStyle()
     for name in ("norms", "qk_norm", "qkv_bias", "output_bias", "mlp_bias", "query_scale"):
         if getattr(style, name) != getattr(plain, name):
             raise InputError(
-                f"--format v11 cannot express style.{name}={getattr(style, name)!r}: version 11 knows Qwen3's layers "
-                "and Qwen3.5's gated ones. Train with head.kind qwen3, or export with --format folder."
+                f"--format v11 or manifest cannot express style.{name}={getattr(style, name)!r}: version 11 knows "
+                "Qwen3's layers and Qwen3.5's gated ones. Train with head.kind qwen3, or export with --format folder."
             )
     family = FAMILIES.get(head.origin.model_type or "")
     if style.gate and (family is None or family.head != "target"):
         raise InputError(
-            f"--format v11 cannot express style.gate=True for a target of family {head.origin.model_type!r}: version "
-            "11 has gated layers for Qwen3.5 alone. Train with head.kind qwen3, or export with --format folder."
+            f"--format v11 or manifest cannot express style.gate=True for a target of family "
+            f"{head.origin.model_type!r}: version 11 has gated layers for Qwen3.5 alone. "
+            "Train with head.kind qwen3, or export with --format folder."
         )
     if config.logit_softcap is not None:
         raise InputError(
-            f"--format v11 cannot express logit_softcap={config.logit_softcap}: its reader would leave the cap out. "
-            "Export with --format folder."
+            f"--format v11 or manifest cannot express logit_softcap={config.logit_softcap}: its reader would "
+            "leave the cap out. Export with --format folder."
         )
 
 
