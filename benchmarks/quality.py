@@ -50,7 +50,8 @@ PLAIN = {
     "model.final_learning_rate": 0.1, "model.head.anchor_norm": "false",
 }  # fmt: skip
 FORCED = ("kl", "top1", "hit2", "hit4", "alpha")
-ROWS = 4480  # conversations of a run: half of the corpus
+ROWS = 4480  # conversations of a run: half of the corpus, 0.54 M tokens
+REWRITTEN_ROWS = 3248  # of responses that the target wrote: they are longer; as many tokens
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Variant:
     """A run: fields over the tiny recipe, and whether it starts from the published overlay.
 
     `corpus` is a folder with another target and its conversations (benchmarks/second_target.py); the embedded one
-    otherwise. `regenerated` is a file with responses that the target wrote itself. Both from the repository's root.
+    otherwise. With `regenerated`, responses are those that the target wrote itself, see `GREEDY`.
     """
 
     name: str
@@ -69,7 +70,7 @@ class Variant:
     prompts: int = 60
     temperatures: str = "[0.0]"
     corpus: Path | None = None
-    regenerated: Path | None = None
+    regenerated: bool = False
     stages: int = 8
 
     @property
@@ -89,7 +90,7 @@ class Variant:
         return RUNS / f"{self.name}-s{self.seed}"
 
     def words(self) -> list[str]:
-        steps = ROWS // self.batch
+        steps = (REWRITTEN_ROWS if self.regenerated else ROWS) // self.batch
         fields = SHARED | {
             "data.batch_size": self.batch, "trainer.max_steps": steps, "trainer.val_check_interval": steps,
             "seed_everything": self.seed, "model.seed": self.seed, "final.prompts": self.prompts,
@@ -100,8 +101,8 @@ class Variant:
                 "model.target": self.target, "data.train": str(self.corpus / "train.jsonl"),
                 "data.validation": str(self.corpus / "heldout.jsonl"),
             }  # fmt: skip
-        if self.regenerated is not None:
-            fields |= {"data.train": str(self.regenerated)}
+        if self.regenerated:
+            fields |= {"data.train": json.dumps([f"{GREEDY},weight=0.19", str(SAMPLED)])}
         if self.seed:
             fields |= {"data.seed": self.seed}
         if self.stages != 8:
@@ -156,6 +157,7 @@ SCREEN = [
     _muon("best-warm", NORM | LINEAR | WARM),
     _muon("best-target-kind", NORM | LINEAR | {"model.head.kind": "target"}),
     _muon("best-restart0.25", NORM | LINEAR | {"model.restart_rate": 0.25}),
+    _muon("best-all-anchors", NORM | LINEAR | {"model.head.anchors": "[0,1,2,3,4,5,6,7,8]"}),
     _muon("best-lmhead3e-4", NORM | LINEAR, lm_head=3e-4),
     _muon("best-lmhead1e-3", NORM | LINEAR, lm_head=1e-3),
 ]
@@ -406,8 +408,10 @@ def _seeds(variant: Variant) -> list[Variant]:
 
 BEST = _muon("muon-lmhead5e-4-norm-linear", NORM | LINEAR)
 PUBLISHED = _both({}, "published", 1e-3, 4, published=True)
-#: Responses that the target wrote itself: `data regenerate documentation:train --target tiny --out runs/regenerated`.
-REGENERATED = Path("runs/regenerated/train.jsonl")
+#: Responses that the target wrote itself, half of them greedily and half at temperature 1, by `data regenerate CORPUS
+#: --target tiny --max-new-tokens 200 --temperature T --out FOLDER`; the second of 1,600 random conversations alone.
+GREEDY = Path("runs/regenerated/train.jsonl")
+SAMPLED = Path("runs/regenerated_parts/sampled/train.jsonl")
 #: Folder of benchmarks/second_target.py.
 SECOND = Path("runs/second")
 
@@ -415,7 +419,7 @@ FINAL = [
     *_seeds(PUBLISHED),
     _both({}, "published", 2e-3, 16, published=True),
     *_seeds(BEST),
-    *_seeds(replace(BEST, name="muon-lmhead5e-4-norm-linear-regenerated", regenerated=REGENERATED)),
+    *_seeds(replace(BEST, name="best-regenerated", regenerated=True)),
 ]
 OTHER = [replace(variant, name=f"second-{variant.name}", corpus=SECOND) for variant in (PUBLISHED, BEST)]
 
