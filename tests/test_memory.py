@@ -438,6 +438,14 @@ def test_less_work_never_needs_more(job: Job, change: dict[str, Any]) -> None:
         assert rank_memory(replace(job, **change), strategy, 16).total < rank_memory(job, strategy, 16).total
 
 
+def test_every_further_draw_of_restarts_needs_as_much_again_of_the_head_alone(job: Job) -> None:
+    for strategy in STRATEGIES:
+        one, two, three = (rank_memory(replace(job, restart_draws=draws), strategy, 16) for draws in (1, 2, 3))
+        first, second = two.moments["loss"] - one.moments["loss"], three.moments["loss"] - two.moments["loss"]
+        assert first == second > 0.5 * one.parts["activations"]
+        assert one.moments["target forward"] == three.moments["target forward"]
+
+
 def test_checkpointing_helps_a_head_of_several_layers_and_not_one_of_one(job: Job) -> None:
     """The first layer is computed with all rows in either case, and one layer at a time needs all its activations."""
     for layers, share in ((4, 0.8), (1, 1.1)):

@@ -192,7 +192,37 @@ def test_validation_draws_restarts_however_training_sets_them(make_module: Calla
     assert gaps(published.train(), samples) != gaps(drawn, samples)
 
 
+def test_every_draw_of_restarts_is_another_one(make_module: Callable[..., SpdModule]) -> None:
+    module, batch = make_module(restart_draws=3), padded(random_samples(4, 5))
+    first, second, third = (module.entry_cycles(batch, draw) for draw in range(3))
+    assert torch.equal(first, make_module().entry_cycles(batch)), "the first is the one of a single draw"
+    assert not torch.equal(first, second) and not torch.equal(second, third)
+
+
 # -- loss ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"loss": Loss(deeper_rows=0.3)}, {"restarts": "published"}], ids=str)
+def test_the_loss_of_several_draws_is_their_mean(make_module: Callable[..., SpdModule], options: dict) -> None:
+    """Value, gradients and statistics; in validation there is one draw."""
+    batch, seen = padded(random_samples(5, 6)), []
+    several, single = make_module(restart_draws=3, **options), make_module(**options)
+    draws = [single.entry_cycles(batch, draw) for draw in range(3)]
+    for entries in draws:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(single, "entry_cycles", lambda *_, entries=entries: entries)
+            loss, table = single.loss(batch, statistics=True)
+            (loss / 3).backward()
+            seen.append((loss.detach(), table))
+    loss, table = several.loss(batch, statistics=True)
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), sum(one for one, _ in seen) / 3)
+    torch.testing.assert_close(table, sum(one for _, one in seen) / 3)
+    for ours, theirs in zip(several.parameters(), single.parameters(), strict=True):
+        assert (ours.grad is None) == (theirs.grad is None)
+        if ours.grad is not None:
+            torch.testing.assert_close(ours.grad, theirs.grad)
+    assert torch.equal(several.eval().loss(batch, True)[0], single.eval().loss(batch, True)[0])
 
 
 def straightforward(module: SpdModule, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -301,6 +331,7 @@ def test_a_warm_start_is_the_targets_last_layers(make_target: Callable[..., Any]
     ("options", "says"),
     [
         ({"restarts": "some"}, "model.restarts='some': expected drawn or published"),
+        ({"restart_draws": 0}, "model.restart_draws=0: expected at least 1"),
         ({"optimizer": "sgd"}, "model.optimizer='sgd': expected adamw or muon"),
         ({"schedule": "step"}, "model.schedule='step': expected cosine or linear"),
         ({"adamw_learning_rate": 0.0}, "model.adamw_learning_rate=0.0: expected a positive"),

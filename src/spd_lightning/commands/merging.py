@@ -37,6 +37,7 @@ FIELDS: dict[str, Any] = {
     "model.head.draft_vocabulary": None,
     "model.head.intermediate_size": None,
     "model.restart_rate": 0.15,
+    "model.restart_draws": 1,
     "model.loss_chunk": 1024,
     "model.activation_checkpointing": False,
     "data.max_length": 512,

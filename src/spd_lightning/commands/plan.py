@@ -167,6 +167,7 @@ def asked_of(config: Config, options: Namespace, memory: int) -> Asked:
         loss_chunk=config.integer("model.loss_chunk"),
         checkpointing=config.truth("model.activation_checkpointing"),
         restart_rate=rate,
+        restart_draws=config.integer("model.restart_draws"),
         accumulate=_accumulated(config, ranks),
         supervised=options.supervised,
         packed=packed,

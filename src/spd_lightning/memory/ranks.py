@@ -75,7 +75,7 @@ class Job:
         precision: of the trainer: 32-true, bf16-mixed, 16-mixed, bf16-true or 16-true.
         target_bytes: per element of the target, None: as wide as the head computes (loading.dtype: auto).
         quantised_bytes: twice the bytes per weight of a quantised target's layers; None: not quantised.
-        loss_chunk, checkpointing, restart_rate: as in the model's fields.
+        loss_chunk, checkpointing, restart_rate, restart_draws: as in the model's fields.
         accumulate: micro-batches per optimizer step.
         supervised: share of the positions that feed the loss.
         packed: several documents per sequence.
@@ -93,6 +93,7 @@ class Job:
     loss_chunk: int = 1024
     checkpointing: bool = False
     restart_rate: float = 0.15
+    restart_draws: int = 1
     accumulate: int = 1
     supervised: float = 1.0
     packed: bool = False
@@ -293,6 +294,9 @@ class Step:
         """Name and parts of every moment, in the order of a step."""
         yield "target forward", self._at(self.gradients_before, 0, self._target_forward())
         saved = aggregation_bytes(self.job.head, self.arithmetic, self.rows)
+        # the last draw of restarts is computed while the others wait for the backward pass, which takes it first
+        layers = sum(layer.input if self.job.checkpointing else sum(layer.saved.values()) for layer in self.layers)
+        saved += (self.job.restart_draws - 1) * (saved + layers + self.loss.norm + self.loss.saved)
         states = self.states.kept + self.states.tables
         for number, layer in enumerate(self.layers):
             moment = self.states.cast + self._autocast_copies + self._gathered + self._layer_forward(layer)

@@ -80,6 +80,8 @@ class SpdModule(L.LightningModule):
             in decoding; or published, as the method's authors train: half of the sequences saturated, in the other half
             all fills from 1 to n equally often (validation draws them in either case).
         restart_rate: probability that a training token starts after a flush, 1 - p of the decoder it is meant for.
+        restart_draws: how often a step draws restarts: the target passes over a batch once, the head trains on the
+            same features with every draw of fills. Compute and memory of the head grow with it.
         optimizer: adamw; or muon, for all matrices but the lm_head (adamw for the rest).
         learning_rate: peak.
         adamw_learning_rate: peak of what AdamW takes, beside Muon the lm_head and the norms; null: learning_rate.
@@ -103,6 +105,7 @@ class SpdModule(L.LightningModule):
         loss: Loss = Loss(),  # noqa: B008 (frozen)
         restarts: Literal["drawn", "published"] = "drawn",
         restart_rate: float = 0.15,
+        restart_draws: int = 1,
         optimizer: Literal["adamw", "muon"] = "adamw",
         learning_rate: float = 1e-3,
         adamw_learning_rate: float | None = None,
@@ -138,8 +141,9 @@ class SpdModule(L.LightningModule):
         for name, rate in (("learning_rate", learning_rate), ("adamw_learning_rate", adamw_learning_rate)):
             if rate is not None and not rate > 0:
                 raise InputError(f"model.{name}={rate}: expected a positive number.")
-        if loss_chunk < 1:
-            raise InputError(f"model.loss_chunk={loss_chunk}: expected at least 1.")
+        for name, count in (("loss_chunk", loss_chunk), ("restart_draws", restart_draws)):
+            if count < 1:
+                raise InputError(f"model.{name}={count}: expected at least 1.")
         self.strict_loading = False  # the frozen target is in no checkpoint; missing HEAD keys are refused below
         self.tokens_seen = 0.0
         self._step_applied = True
@@ -339,11 +343,31 @@ class SpdModule(L.LightningModule):
         if is_packed(batch):  # causality alone hides padding, not another document
             documents, positions = batch["documents"], position_ids(batch)
         states, last = target(batch["input_ids"], head.config.anchors, positions, documents)
-        layout = StaircaseLayout(head.staircase, self.entry_cycles(batch), documents)
+        states = [state.to(head.dtype) for state in states]
         select = supervised_positions(batch)
+        draws = self.settings.restart_draws if self.training else 1
+        total, table = last.new_zeros(()), None
+        for draw in range(draws):
+            layout = StaircaseLayout(head.staircase, self.entry_cycles(batch, draw), documents)
+            one, counted = self._loss_of_rows(states, last[select], layout, positions, select, statistics)
+            total, table = total + one / draws, counted / draws + (0 if table is None else table)
+        assert table is not None
+        return total / batch["supervised"].clamp(min=1).to(total.dtype), table
+
+    def _loss_of_rows(
+        self,
+        states: list[Tensor],
+        last: Tensor,
+        layout: StaircaseLayout,
+        positions: Tensor | None,
+        select: Tensor,
+        statistics: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Sum of the loss over the selected positions, and its statistics table, at the fills of a layout."""
+        target, head = self.parts()
         # a head with one block has no deeper rows
         deeper = self.loss_options.deeper_rows if len(head.staircase.reachable_blocks) > 1 else 0.0
-        hidden = head([state.to(head.dtype) for state in states], layout, positions, select, all_rows=deeper > 0)
+        hidden = head(states, layout, positions, select, all_rows=deeper > 0)
         drafting = hidden[:, 0][select] if deeper else hidden
         loss = partial(
             chunked_draft_loss,
@@ -355,27 +379,27 @@ class SpdModule(L.LightningModule):
             options=self.loss_options,
         )
         fills = layout.fills()[select]
-        here = partial(loss, target_hidden=last[select], fills=fills, statistics=statistics)
+        here = partial(loss, target_hidden=last, fills=fills, statistics=statistics)
         with gathered(target.norm, target.lm_head):  # chunks differ in number from rank to rank
             total, table = head.lm_head(head.norm(drafting), here)
             if deeper:
                 rows = hidden[:, 1:].transpose(1, 2)[select]  # [P, m - 1, H]
                 again = partial(
                     loss,
-                    target_hidden=last[select].repeat_interleave(rows.shape[1], 0),
+                    target_hidden=last.repeat_interleave(rows.shape[1], 0),
                     fills=fills.repeat_interleave(rows.shape[1]),
                     statistics=False,
                 )
                 more, _ = head.lm_head(head.norm(rows.flatten(0, 1)), again)
                 total = total + deeper * more / rows.shape[1]
-        return total / batch["supervised"].clamp(min=1).to(total.dtype), table
+        return total, table
 
-    def entry_cycles(self, batch: Batch) -> Tensor:
+    def entry_cycles(self, batch: Batch, draw: int = 0) -> Tensor:
         """[B, S]: gap n at each assistant turn's first token and at drawn restarts, else 1.
 
-        The draw is a function of (seed, epoch, sample), so a resumed run or another number of ranks repeats it. In
-        validation restarts are always drawn at restart_rate: what is judged is the decoder's work, and the metrics of
-        two ways to train mean the same.
+        What is drawn is a function of (seed, epoch, sample, draw), so a resumed run or another number of ranks repeats
+        it. In validation restarts are always drawn at restart_rate: what is judged is the decoder's work, and the
+        metrics of two ways to train mean the same.
         """
         _, head = self.parts()
         epoch = int(batch["epoch"])
@@ -385,7 +409,7 @@ class SpdModule(L.LightningModule):
         draws = torch.ones(starts.numel(), dtype=torch.float64)  # padding restarts nowhere
         places = zip(batch["sample_ids"].tolist(), batch["starts"].tolist(), batch["lengths"].tolist(), strict=True)
         for sample, at, length in places:
-            random = generator(self.settings.seed, Purpose.RESTART, epoch, sample).random(length)
+            random = generator(self.settings.seed, Purpose.RESTART, epoch, sample).random((draw + 1, length))[draw]
             if published:  # saturated, or a restart every n tokens: fills 1 to n alike
                 phase = int(random[0] * 2 * n)
                 random = ((np.arange(length) + phase) % n != 0) * 1.0 if phase < n else np.ones(length)
