@@ -123,6 +123,7 @@ NORM = {"model.head.anchor_norm": "true"}
 MUON = {"model.optimizer": "muon"}
 
 LINEAR = {"model.schedule": "linear", "model.final_learning_rate": 0.0}
+DRAWS = {"model.restart_draws": 2}
 WARM = {"model.head.kind": "target", "model.head.warm_start": "true"}
 
 
@@ -158,6 +159,7 @@ SCREEN = [
     _muon("best-target-kind", NORM | LINEAR | {"model.head.kind": "target"}),
     _muon("best-restart0.25", NORM | LINEAR | {"model.restart_rate": 0.25}),
     _muon("best-all-anchors", NORM | LINEAR | {"model.head.anchors": "[0,1,2,3,4,5,6,7,8]"}),
+    _muon("best-draws2", NORM | LINEAR | DRAWS),
     _muon("best-lmhead3e-4", NORM | LINEAR, lm_head=3e-4),
     _muon("best-lmhead1e-3", NORM | LINEAR, lm_head=1e-3),
 ]
@@ -419,6 +421,7 @@ FINAL = [
     *_seeds(PUBLISHED),
     _both({}, "published", 2e-3, 16, published=True),
     *_seeds(BEST),
+    *_seeds(_muon("best-draws2", NORM | LINEAR | DRAWS)),
     *_seeds(replace(BEST, name="best-regenerated", regenerated=True)),
 ]
 OTHER = [replace(variant, name=f"second-{variant.name}", corpus=SECOND) for variant in (PUBLISHED, BEST)]
