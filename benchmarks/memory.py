@@ -77,6 +77,11 @@ CPU = [
     Setting("padded", WIDE, {"data__max_length": 768, "data__batch_size": 2}),
     Setting("long and packed", SMALL, {"data__max_length": 4096, "data__batch_size": 1}, documents=3),
     Setting(
+        "2 draws of restarts",
+        SMALL,
+        {"data__max_length": 1024, "data__batch_size": 1, "model__restart_draws": 2},
+    ),
+    Setting(
         "activation checkpointing",
         SMALL,
         {
@@ -252,6 +257,7 @@ def fields(setting: Setting, folder: Path, cuda: bool) -> list[str]:
     values = {
         "model.target": folder / "target",
         "model.num_stages": 8,
+        "model.optimizer": "adamw",  # what DeepSpeed knows
         "data.tokenizer": "tiny",
         "data.train": folder / "chats.jsonl",
         "data.validation": folder / "chats.jsonl",

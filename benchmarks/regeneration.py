@@ -27,6 +27,7 @@ def fit(train: Path, run: Path, options: argparse.Namespace) -> dict[str, Any]:
     command(
         "fit", "--config", "tiny", "--run_dir", run, "--data.train", train, "--final.baselines", "false",
         "--final.prompts", options.prompts, "--trainer.max_steps", options.steps,
+        "--data.batch_size", 16,
         "--trainer.val_check_interval", options.steps, "--trainer.enable_progress_bar", "false",
     )  # fmt: skip
     results = json.loads((run / "run.json").read_text())["results"]

@@ -27,6 +27,8 @@ from spd_lightning.training.saving import progress_checkpoints
 
 STRATEGIES = ("ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")
 STEPS = 50
+#: Where the tiny recipe has Muon: what DeepSpeed knows.
+ADAMW = {"model.optimizer": "adamw", "model.adamw_learning_rate": "null", "model.learning_rate": 2e-3}
 FIELDS: dict[str, Any] = {
     "trainer.max_steps": STEPS,
     "trainer.log_every_n_steps": 1,
@@ -38,6 +40,7 @@ FIELDS: dict[str, Any] = {
     "decoding.prompts": 8,
     "decoding.max_new_tokens": 32,
     "final.prompts": 0,
+    **ADAMW,
 }
 
 
@@ -156,6 +159,7 @@ def on_gpu(folder: Path) -> dict[str, Any]:
             "decoding.prompts": 1,
             "decoding.max_new_tokens": 16,
             "final.prompts": 0,
+            **ADAMW,
             "trainer.accelerator": "gpu",
             "trainer.strategy": "deepspeed_stage_2",
             "trainer.precision": "bf16-mixed",
