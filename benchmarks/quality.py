@@ -51,7 +51,18 @@ PLAIN = {
 }  # fmt: skip
 FORCED = ("kl", "top1", "hit2", "hit4", "alpha")
 ROWS = 4480  # conversations of a run: half of the corpus, 0.54 M tokens
-REWRITTEN_ROWS = 3248  # of responses that the target wrote: they are longer; as many tokens
+GREEDY, SAMPLED, SAMPLED_2 = (f"runs/{name}/train.jsonl" for name in (
+    "regenerated", "regenerated_parts/sampled", "regenerated_parts/sampled2"
+))  # fmt: skip
+#: Who wrote the assistant's turns: files, and conversations that make as many tokens as `ROWS` original ones. The
+#: target wrote them by `data regenerate CORPUS --target tiny --max-new-tokens 200 --temperature T --out FOLDER`: all at
+#: T = 0, 1,600 and 2,800 random others at T = 1.
+RESPONSES: dict[str, tuple[list[str], int]] = {
+    "original": ([], ROWS),
+    "greedy": ([GREEDY], 2620),
+    "sampled": ([SAMPLED, SAMPLED_2], 4336),
+    "mixed": ([f"{GREEDY},weight=0.19", SAMPLED], 3248),
+}
 
 
 @dataclass(frozen=True)
@@ -59,7 +70,8 @@ class Variant:
     """A run: fields over the tiny recipe, and whether it starts from the published overlay.
 
     `corpus` is a folder with another target and its conversations (benchmarks/second_target.py); the embedded one
-    otherwise. With `regenerated`, responses are those that the target wrote itself, see `GREEDY`.
+    otherwise. `responses` is who wrote the assistant's turns, see `RESPONSES`; `judged` are the temperatures at which a
+    study decodes with it.
     """
 
     name: str
@@ -70,7 +82,8 @@ class Variant:
     prompts: int = 60
     temperatures: str = "[0.0]"
     corpus: Path | None = None
-    regenerated: bool = False
+    responses: str = "original"
+    judged: tuple[float, ...] = (0.0, 1.0)
     stages: int = 8
 
     @property
@@ -90,7 +103,8 @@ class Variant:
         return RUNS / f"{self.name}-s{self.seed}"
 
     def words(self) -> list[str]:
-        steps = (REWRITTEN_ROWS if self.regenerated else ROWS) // self.batch
+        files, rows = RESPONSES[self.responses]
+        steps = rows // self.batch
         fields = SHARED | {
             "data.batch_size": self.batch, "trainer.max_steps": steps, "trainer.val_check_interval": steps,
             "seed_everything": self.seed, "model.seed": self.seed, "final.prompts": self.prompts,
@@ -101,8 +115,8 @@ class Variant:
                 "model.target": self.target, "data.train": str(self.corpus / "train.jsonl"),
                 "data.validation": str(self.corpus / "heldout.jsonl"),
             }  # fmt: skip
-        if self.regenerated:
-            fields |= {"data.train": json.dumps([f"{GREEDY},weight=0.19", str(SAMPLED)])}
+        if files:
+            fields |= {"data.train": json.dumps(files)}
         if self.seed:
             fields |= {"data.seed": self.seed}
         if self.stages != 8:
@@ -257,7 +271,7 @@ def judge(variant: Variant, data: Path | None) -> str:
     target = load_target(str(ROOT / variant.target) if variant.corpus else variant.target)
     decoder = SpdDecoder(target, load_head(variant.folder, target))
     for name, prompts in prompts_of(variant, data).items():
-        for temperature in (0.0, 1.0):
+        for temperature in variant.judged:
             key = f"{name} T={temperature:g}"
             if key in known:
                 continue
@@ -267,8 +281,8 @@ def judge(variant: Variant, data: Path | None) -> str:
                 "by_fill": acceptance_by_fill(made),
             }
             path.write_text(json.dumps(known))
-    accepted, verified, *_ = np.array(known["held-out T=0"]["counts"]).sum(0)
-    return f"{variant.name} seed {variant.seed}: p {accepted / verified:.4f} on {PROMPTS} prompts"
+    found = {key: pooled(np.array(one["counts"]), variant.stages)["p"] for key, one in known.items()}
+    return f"{variant.name} seed {variant.seed}: " + ", ".join(f"{key} p {p:.4f}" for key, p in found.items())
 
 
 def pooled(counts: np.ndarray, n: int) -> dict[str, float]:
@@ -409,11 +423,8 @@ def _seeds(variant: Variant) -> list[Variant]:
 
 
 BEST = _muon("muon-lmhead5e-4-norm-linear", NORM | LINEAR)
+BEST_DRAWS = _muon("best-draws2", NORM | LINEAR | DRAWS)
 PUBLISHED = _both({}, "published", 1e-3, 4, published=True)
-#: Responses that the target wrote itself, half of them greedily and half at temperature 1, by `data regenerate CORPUS
-#: --target tiny --max-new-tokens 200 --temperature T --out FOLDER`; the second of 1,600 random conversations alone.
-GREEDY = Path("runs/regenerated/train.jsonl")
-SAMPLED = Path("runs/regenerated_parts/sampled/train.jsonl")
 #: Folder of benchmarks/second_target.py.
 SECOND = Path("runs/second")
 
@@ -421,8 +432,10 @@ FINAL = [
     *_seeds(PUBLISHED),
     _both({}, "published", 2e-3, 16, published=True),
     *_seeds(BEST),
-    *_seeds(_muon("best-draws2", NORM | LINEAR | DRAWS)),
-    *_seeds(replace(BEST, name="best-regenerated", regenerated=True)),
+    *_seeds(BEST_DRAWS),
+    replace(BEST, name="best-regenerated", responses="mixed"),
+    *_seeds(replace(BEST, name="best-greedy", responses="greedy", judged=(0.0,))),
+    *_seeds(replace(BEST_DRAWS, name="best-draws2-sampled", responses="sampled", judged=(1.0,))),
 ]
 OTHER = [replace(variant, name=f"second-{variant.name}", corpus=SECOND) for variant in (PUBLISHED, BEST)]
 
