@@ -364,11 +364,12 @@ def main() -> int:
         reached = f"p {row['p']:.4f} S {row['S']:.2f} T1 {row['p_T1'] or 0:.4f}"
         console.print(f"{row['name']:28s} s{row['seed']} {reached} | {forced} | {row['seconds']:.0f} s")
     if not options.list:
-        found: dict[str, Any] = {"rows": rows, "conversations": ROWS}
-        table = markdown(rows)
-        if options.study in BASELINES:
-            found["judged"] = judged_rows(study, BASELINES[options.study])
-            table = judged_markdown(found["judged"], BASELINES[options.study])
+        found: dict[str, Any] = {"rows": rows}
+        if baseline := BASELINES.get(options.study):
+            found["judged"] = judged_rows(study, baseline)
+            table = judged_markdown(found["judged"], baseline)
+        else:
+            table = markdown(rows)
         write_record(f"quality_{options.study}", found, threads=options.jobs)
         renew_readme(f"quality_{options.study}", table, "docs/quality.md")
     return 0

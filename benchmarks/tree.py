@@ -18,11 +18,13 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from common import RECORDS, ROOT, console, renew_readme, write_record  # noqa: E402
 
@@ -86,7 +88,7 @@ def measured(run: Path, count: int, temperature: float) -> dict[str, Any]:
                 "name": name, "p": pooled.acceptance, "interval": bootstrap_difference(generations),
                 "S": pooled.theoretical_speedup, "cycles": pooled.cycles, "cycle_cost": statistics.median(ratios),
                 "seconds": pooled.decode_seconds,
-                "rows": sum(one.rows * one.cycles for one in generations) / pooled.cycles,
+                "widths": np.sum([one.widths or (one.cycles,) for one in generations], axis=0).tolist(),
             }
         )  # fmt: skip
     about = {"temperature": temperature, "sharpness": sharpness, "prompts": len(prompts), "different": different}
@@ -136,26 +138,26 @@ def markdown(found: dict[str, Any]) -> str:
             f"Temperature {part['temperature']:g}, {part['prompts']} held-out prompts x {NEW} tokens, sharpness "
             f"{part['sharpness']:.2f} (fitted on 40 others); outputs other than plain decoding's: {part['different']}.",
             "",
-            "| | p | 95 % | S | over the chain | rows of a pass | large layer's rows charged | this engine's cycle "
-            "charged |",
+            "| | p | 95 % | S | over the chain | rows of a cycle's widest pass | large layer's rows charged | this "
+            "engine's cycle charged |",
             "|---|---|---|---|---|---|---|---|",
         ]
         for row in part["rows"]:
             low, high = row["interval"]
-            charged = [row["S"] / cost for cost in (_between(layer, row["rows"]), row["cycle_cost"])]
+            rows, large = (_mean(row["widths"], costs) for costs in (range(1, 1 + len(layer)), layer.values()))
+            charged = [row["S"] / cost for cost in (large, row["cycle_cost"])]
             prices = " | ".join(f"{S:.2f} ({S / chain['S'] - 1:+.0%})" for S in charged)
             lines.append(
                 f"| {row['name']} | {row['p']:.3f} | {low:.3f} - {high:.3f} | {row['S']:.2f} | "
-                f"{row['S'] / chain['S'] - 1:+.0%} | {row['rows']:.2f} | {prices} |"
+                f"{row['S'] / chain['S'] - 1:+.0%} | {rows:.2f} | {prices} |"
             )
         lines.append("")
     return "\n".join(lines).rstrip()
 
 
-def _between(costs: dict[int, float], rows: float) -> float:
-    """The cost of a mean number of rows, on straight lines between those that were measured."""
-    low = min(int(rows), max(costs) - 1)
-    return costs[low] + (rows - low) * (costs[low + 1] - costs[low])
+def _mean(widths: Sequence[int], costs: Iterable[float]) -> float:
+    """Mean cost of a cycle, as long as its widest pass; widths: cycles whose widest pass had 1, 2, ... rows."""
+    return sum(count * cost for count, cost in zip(widths, costs, strict=False)) / sum(widths)
 
 
 def main() -> int:

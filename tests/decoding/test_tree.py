@@ -103,8 +103,12 @@ def test_a_generation_charges_its_rows(models: Callable[[int], Models]) -> None:
     found = TreeDecoder(*models(3), Tree(3)).generate([5, 6], 20)
     free = found.theoretical_speedup
     assert free is not None and found.rows > 1
-    assert found.row_charged_speedup(0.0) == free
-    assert found.row_charged_speedup(0.5) == pytest.approx(free / (1 + 0.5 * (found.rows - 1)))
+    assert sum(found.widths) == found.cycles and len(found.widths) == 3
+    assert found.row_charged_speedup([1.0, 1.0, 1.0]) == free
+    assert found.row_charged_speedup([1.0, 1.5, 2.0]) == pytest.approx(free / (1 + 0.5 * (found.rows - 1)))
+    dear = [1.0, 1.0, 9.0]  # not what the mean number of rows costs
+    assert found.row_charged_speedup(dear) == pytest.approx(free * found.cycles / (found.cycles + 8 * found.widths[2]))
+    assert found.widths[2] > 0 < found.widths[0] + found.widths[1]
 
 
 # -- every branch is what it would be alone ----------------------------------------------------------------------------

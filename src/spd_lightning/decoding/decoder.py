@@ -134,7 +134,7 @@ class SpdDecoder:
             restart_positions=list(run.schedule.restart_positions),
             prefill_seconds=prefilled - began,
             decode_seconds=time.perf_counter() - prefilled,
-            rows=run.rows,
+            widths=run.widths,
             ranks=self.ranks,
         )
         run.end(stopped=len(tokens) < max_new_tokens and tokens[-1] not in ends)
@@ -162,8 +162,8 @@ class Run(Protocol):
         """Known after prefill."""
 
     @property
-    def rows(self) -> float:
-        """Rows of a stage's pass so far, on average."""
+    def widths(self) -> tuple[int, ...]:
+        """Cycles so far whose widest stage pass had 1, 2, ... rows; empty: all passes have one."""
 
     def prefill(self) -> int:
         """Prompt through target and head; returns the first token, which is the target's own."""
@@ -179,7 +179,7 @@ class _Run:
     """The state of one generation: caches, tokens in flight, and how one planned cycle is executed."""
 
     schedule: PipelineSchedule
-    rows = 1.0
+    widths = ()
 
     def __init__(
         self, target: Target, drafter: Drafter, prompt: list[int], max_new_tokens: int, verdicts: Verdicts

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from spd_lightning.staircase import theoretical_speedup
@@ -22,7 +22,7 @@ class Generation:
         restart_positions: absolute positions whose token came from the target, the first generated token first.
         prefill_seconds: prompt through target and head, up to the first token.
         decode_seconds: everything after it.
-        rows: of a stage's pass, on average; above 1 in a draft tree alone.
+        widths: in a draft tree, the cycles whose widest stage pass had 1, 2, ... rows; empty: all passes have one.
         ranks: processes that ran the stages at the same time; 1: one after another, and seconds are a simulated clock.
     """
 
@@ -35,7 +35,7 @@ class Generation:
     restart_positions: list[int] = field(default_factory=list)
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
-    rows: float = 1.0
+    widths: tuple[int, ...] = ()
     ranks: int = 1
 
     @property
@@ -48,10 +48,20 @@ class Generation:
         """S = n (new tokens - 1) / cycles; None where no cycle ran."""
         return theoretical_speedup(self.num_stages, len(self.token_ids), self.cycles)
 
-    def row_charged_speedup(self, row_cost: float) -> float | None:
-        """S where every further row of a pass makes the cycle longer by a share `row_cost` of a pass with one."""
+    @property
+    def rows(self) -> float:
+        """Of a cycle's widest stage pass, on average over cycles: a cycle lasts as long as its slowest stage."""
+        return self.cycle_cost(range(1, max(1, len(self.widths)) + 1))
+
+    def cycle_cost(self, costs: Sequence[float]) -> float:
+        """Mean length of a cycle where a pass of r rows takes costs[r - 1]; costs[0] where all passes have one row."""
+        counted = zip(self.widths, costs, strict=False)
+        return sum(count * cost for count, cost in counted) / self.cycles if any(self.widths) else costs[0]
+
+    def row_charged_speedup(self, costs: Sequence[float]) -> float | None:
+        """S where a pass of r rows, and with it a cycle, takes costs[r - 1] times as long as one of a single row."""
         free = self.theoretical_speedup
-        return None if free is None else free / (1 + row_cost * (self.rows - 1))
+        return None if free is None else free / self.cycle_cost(costs)
 
     @property
     def accepted_flags(self) -> list[bool]:

@@ -260,7 +260,7 @@ class GraphDecoder(SpdDecoder):
 class GraphRun:
     """What a generation keeps on the host: integers, and the drafts in flight."""
 
-    rows = 1.0
+    widths = ()
 
     schedule: PipelineSchedule
 

@@ -71,7 +71,7 @@ class Paced:
 class RankRun:
     """One generation on one rank."""
 
-    rows = 1.0
+    widths = ()
 
     def __init__(
         self,

@@ -194,7 +194,7 @@ class _TreeRun:
         self.keep = {anchor: row for row, anchor in enumerate(self.staircase.anchors)}
         bounds = self.staircase.boundaries
         self.stage_layers = [range(start, stop) for start, stop in pairwise(bounds)]
-        self.passes = self.rows_passed = 0  # of stages
+        self.cycles_by_rows = [0] * tree.width  # by the rows of the cycle's widest stage pass
         self.slots: dict[int, _Slot] = {}  # entry cycle -> nodes of the last n + 1 cycles
         self.root: Node  # the last verified token
 
@@ -219,6 +219,7 @@ class _TreeRun:
             if slot is not None and slot.nodes:
                 self._stage(stage, slot)
                 stages.append((stage, slot.nodes[0].position))
+        self.cycles_by_rows[max(len(self.slots[now - stage].nodes) for stage, _ in stages) - 1] += 1
         newest = max(node.position for slot in self.slots.values() for node in slot.nodes)
         leaving = self.slots.get(now - n + 1)
         emitted = accepted = None
@@ -235,9 +236,9 @@ class _TreeRun:
         return CycleEvent(plan, entering[0].token if entering else None, emitted, accepted)
 
     @property
-    def rows(self) -> float:
-        """Rows of a stage's pass so far, on average."""
-        return self.rows_passed / max(1, self.passes)
+    def widths(self) -> tuple[int, ...]:
+        """Cycles so far whose widest stage pass had 1, 2, ... rows."""
+        return tuple(self.cycles_by_rows)
 
     def end(self, stopped: bool) -> None:
         """Nothing outlives a generation here."""
@@ -277,8 +278,6 @@ class _TreeRun:
 
     def _stage(self, stage: int, slot: _Slot) -> None:
         """The rows of a slot through one stage."""
-        self.passes += 1
-        self.rows_passed += len(slot.nodes)
         self.cache.write_to(slot.places, slot.mask.shape[-1])
         slot.hidden = self.target.run_layers(
             slot.hidden,
