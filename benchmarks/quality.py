@@ -401,8 +401,9 @@ def judged_markdown(rows: list[dict[str, Any]], baseline: str) -> str:
 def markdown(rows: list[dict[str, Any]]) -> str:
     """Acceptance beside the best published run's, with what was changed."""
     baseline = max((row for row in rows if row["name"].startswith("published")), key=lambda row: row["p"])
+    fewest, most = (choose(row["tokens"] for row in rows) / 1e6 for choose in (min, max))
     lines = [
-        f"{rows[0]['tokens'] / 1e6:.2f} M training tokens, one seed, 60 held-out prompts x 64 tokens, greedy. The last "
+        f"{fewest:.2f} to {most:.2f} M training tokens, one seed, 60 held-out prompts x 64 tokens, greedy. The last "
         "column is the rejection rate over that of the best published run.",
         "",
         "| run | batch | p | 95 % | S | teacher-forced top-1 | hit@2 | minutes | (1 - p) ratio |",

@@ -1,8 +1,7 @@
-"""SpdModule: restarts, loss, statistics, what is trained and saved, and that training raises real acceptance."""
+"""SpdModule: loss, statistics, what is trained and saved, and that training raises real acceptance."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import random
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
+from module_cases import VOCABULARY, padded, random_samples
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -26,43 +26,10 @@ from spd_lightning.decoding.generation import Pooled
 from spd_lightning.errors import InputError
 from spd_lightning.head.layout import StaircaseLayout
 from spd_lightning.head.loading import load_head, new_head
-from spd_lightning.staircase import entry_cycles
 from spd_lightning.target.loading import Loading
 from spd_lightning.training.losses import COLUMNS, Loss
 from spd_lightning.training.metrics import DraftStatistics
 from spd_lightning.training.module import HeadOptions, SpdModule
-
-VOCABULARY = 300
-
-
-def random_samples(count: int, seed: int, longest: int = 24) -> list[Sample]:
-    """Random tokens with two turns, of different lengths."""
-    draw = random.Random(seed)
-    made = []
-    for number in range(count):
-        length = draw.randint(12, longest)
-        starts = (draw.randint(1, 4), draw.randint(7, 10))
-        ids = np.array([draw.randrange(VOCABULARY) for _ in range(length)], np.int32)
-        made.append(Sample(100 + number, ids, ((starts[0], starts[0] + 3), (starts[1], length))))
-    return made
-
-
-def padded(samples: Sequence[Sample], epoch: int = 0) -> Batch:
-    """One sample per row; a global batch of its own."""
-    return collate([[sample] for sample in samples], share=Share.of(samples, epoch=epoch))
-
-
-@pytest.fixture(scope="module")
-def make_module(model_folder: Path) -> Callable[..., SpdModule]:
-    """A module whose target and head exist, without a trainer."""
-
-    def make(configured: bool = True, **options: Any) -> SpdModule:
-        module = SpdModule(**({"target": str(model_folder), "num_stages": 4, "restart_rate": 0.3} | options))
-        if configured:
-            module.configure_model()
-        return module
-
-    return make
 
 
 def perturbed(module: SpdModule, seed: int = 0) -> SpdModule:
@@ -115,88 +82,6 @@ def fit(module: SpdModule, samples: Sequence[Sample], batch_size: int, **options
     trainer = L.Trainer(**(settings | options))
     trainer.fit(module, loader, ckpt_path=ckpt_path)
     return trainer
-
-
-# -- restarts --------------------------------------------------------------------------------------------------------
-
-
-def gaps(module: SpdModule, samples: Sequence[Sample], epoch: int = 0) -> dict[int, list[int]]:
-    """Gaps after position 0 by sample, as the module draws them for these samples in one batch."""
-    entries = module.entry_cycles(padded(samples, epoch))
-    return {sample.index: entries[row, : len(sample.ids)].diff().tolist() for row, sample in enumerate(samples)}
-
-
-def test_restarts_do_not_depend_on_the_batch_or_on_padding(make_module: Callable[..., SpdModule]) -> None:
-    module, samples = make_module(), random_samples(6, 0)
-    together = gaps(module, samples)
-    assert gaps(module, samples[::-1]) == together
-    for sample in samples:
-        assert gaps(module, [sample])[sample.index] == together[sample.index]
-
-
-def test_restarts_depend_on_seed_epoch_and_sample(make_module: Callable[..., SpdModule]) -> None:
-    module, samples = make_module(), random_samples(3, 0)
-    twin = Sample(999, samples[0].ids, samples[0].turns)
-    torch.manual_seed(7)
-    first = gaps(module, samples)
-    assert first == gaps(make_module(), samples), "another module of the same seed draws the same"
-    assert first != gaps(module, samples, epoch=1) and first != gaps(make_module(seed=1), samples)
-    assert gaps(module, [twin])[999] != first[samples[0].index], "another sample of the same text draws anew"
-
-
-@pytest.mark.parametrize("rate", [0.0, 0.15, 0.6, 1.0])
-def test_the_observed_rate_is_the_restart_rate(make_module: Callable[..., SpdModule], rate: float) -> None:
-    module = make_module(restart_rate=rate)
-    samples = [Sample(i, np.ones(200, np.int32), ((5, 200),)) for i in range(60)]
-    drawn = [gap for row in gaps(module, samples).values() for position, gap in enumerate(row, 1) if position != 5]
-    assert set(drawn) <= {1, 4}
-    observed = sum(gap == 4 for gap in drawn) / len(drawn)
-    assert observed == pytest.approx(rate, abs=4 * (rate * (1 - rate) / len(drawn)) ** 0.5)
-
-
-def test_every_turn_begins_with_a_restart(make_module: Callable[..., SpdModule]) -> None:
-    module = make_module(restart_rate=0.0)
-    for sample, row in zip(random_samples(5, 1), gaps(module, random_samples(5, 1)).values(), strict=True):
-        assert [position for position, gap in enumerate(row, 1) if gap == 4] == [start for start, _ in sample.turns]
-
-
-def test_entry_cycles_are_those_of_the_staircase(make_module: Callable[..., SpdModule]) -> None:
-    module, samples = make_module(), random_samples(4, 2)
-    entries = module.entry_cycles(padded(samples, epoch=3))
-    for row, sample in enumerate(samples):
-        found = entries[row, : len(sample.ids)].tolist()
-        steps = [4, *gaps(module, samples, epoch=3)[sample.index]]
-        assert [entry - found[0] for entry in found] == entry_cycles(steps)
-
-
-def test_published_restarts_are_saturated_or_show_every_fill_alike(make_module: Callable[..., SpdModule]) -> None:
-    module = make_module(restarts="published", restart_rate=0.9)
-    samples = [Sample(i, np.ones(121, np.int32), ((1, 121),)) for i in range(200)]
-    kinds = {"saturated": 0, "all fills": 0}
-    fills = torch.zeros(5)
-    for row in gaps(module, samples).values():
-        places = [position for position, gap in enumerate(row, 1) if gap == 4 and position > 1]
-        kinds["all fills" if places else "saturated"] += 1
-        assert {b - a for a, b in itertools.pairwise(places)} <= {4}
-        if places:
-            entries = torch.tensor([entry_cycles([4, *row])])
-            fills += torch.bincount(StaircaseLayout(module.parts()[1].staircase, entries).fills()[0], minlength=5)
-    assert abs(kinds["saturated"] - 100) < 30
-    assert fills[1:].max() < 1.1 * fills[1:].min(), "1 to n alike"
-
-
-def test_validation_draws_restarts_however_training_sets_them(make_module: Callable[..., SpdModule]) -> None:
-    published, drawn = make_module(restarts="published").eval(), make_module().eval()
-    samples = random_samples(4, 3)
-    assert gaps(published, samples) == gaps(drawn, samples)
-    assert gaps(published.train(), samples) != gaps(drawn, samples)
-
-
-def test_every_draw_of_restarts_is_another_one(make_module: Callable[..., SpdModule]) -> None:
-    module, batch = make_module(restart_draws=3), padded(random_samples(4, 5))
-    first, second, third = (module.entry_cycles(batch, draw) for draw in range(3))
-    assert torch.equal(first, make_module().entry_cycles(batch)), "the first is the one of a single draw"
-    assert not torch.equal(first, second) and not torch.equal(second, third)
 
 
 # -- loss ------------------------------------------------------------------------------------------------------------

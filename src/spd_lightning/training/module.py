@@ -345,13 +345,12 @@ class SpdModule(L.LightningModule):
         states, last = target(batch["input_ids"], head.config.anchors, positions, documents)
         states = [state.to(head.dtype) for state in states]
         select = supervised_positions(batch)
-        draws = self.settings.restart_draws if self.training else 1
-        total, table = last.new_zeros(()), None
-        for draw in range(draws):
-            layout = StaircaseLayout(head.staircase, self.entry_cycles(batch, draw), documents)
-            one, counted = self._loss_of_rows(states, last[select], layout, positions, select, statistics)
-            total, table = total + one / draws, counted / draws + (0 if table is None else table)
-        assert table is not None
+        layouts = (
+            StaircaseLayout(head.staircase, self.entry_cycles(batch, draw), documents)
+            for draw in range(self.settings.restart_draws if self.training else 1)
+        )
+        parts = [self._loss_of_rows(states, last[select], layout, positions, select, statistics) for layout in layouts]
+        total, table = (torch.stack(values).mean(0) for values in zip(*parts, strict=True))
         return total / batch["supervised"].clamp(min=1).to(total.dtype), table
 
     def _loss_of_rows(
