@@ -162,11 +162,13 @@ def _mean(widths: Sequence[int], costs: Iterable[float]) -> float:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, required=True, help="a finished run of the tiny recipe")
+    parser.add_argument("--run", type=Path, default=ROOT / "runs" / "tiny", help="a finished run of the tiny recipe")
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--table", action="store_true", help="renew docs/quality.md from the record, measure nothing")
     options = parser.parse_args()
     if not options.table:
+        if not options.run.is_dir():
+            parser.error(f"--run {options.run}: expected the folder of a finished run of the tiny recipe")
         torch.set_num_threads(1)
         parts = [measured(options.run, options.prompts, temperature) for temperature in (0.0, 1.0)]
         write_record("tree", {"parts": parts, "layer_cost": layer_cost(WIDTHS)}, threads=1)

@@ -267,6 +267,7 @@ def test_what_needs_no_parser_is_refused_before_lightning_is_touched(parsed, mon
         ("modle:\n  lr: 3\n", ["b.yaml", "'modle'", "Did you mean model?"]),
         ("model: [\n", ["b.yaml, line 2", "not valid YAML"]),
         ("- a\n", ["b.yaml", "expected a mapping"]),
+        ("# a file cut off in its header\n", ["b.yaml", "found nothing"]),
         ("model:\n  lrr: 3\n", ["unknown field model.lrr", "Did you mean model.lr?", "set by b.yaml"]),
         ("model:\n  lr: fast\n", ["model.lr: expected float, found fast", "set by b.yaml"]),
         ("model:\n  num_stages: 3.0\n", ["model.num_stages: expected int or null, found 3.0"]),

@@ -215,10 +215,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}{where}: not valid YAML ({getattr(error, 'problem', None) or error}).") from error
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
-    if content is None:
-        return {}
     if not isinstance(content, dict):
-        raise InputError(f"{path}: expected a mapping with the keys {', '.join(SECTIONS)}, found {content!r:.60}.")
+        found = "nothing (comments alone?)" if content is None else f"{content!r:.60}"
+        raise InputError(f"{path}: expected a mapping with the keys {', '.join(SECTIONS)}, found {found}.")
     return content
 
 
