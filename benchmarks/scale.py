@@ -28,7 +28,7 @@ from spd_lightning.training.saving import progress_checkpoints
 STRATEGIES = ("ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")
 STEPS = 50
 #: Where the tiny recipe has Muon: what DeepSpeed knows.
-ADAMW = {"model.optimizer": "adamw", "model.adamw_learning_rate": "null", "model.learning_rate": 2e-3}
+ADAMW = {"model.optimizer": "adamw", "model.learning_rate": 2e-3}
 FIELDS: dict[str, Any] = {
     "trainer.max_steps": STEPS,
     "trainer.log_every_n_steps": 1,

@@ -440,6 +440,15 @@ def test_resuming_with_a_head_of_other_shapes_or_stages_is_refused(
     assert "checkpoint" in message
 
 
+@pytest.mark.parametrize(("optimizer", "peaks"), [("adamw", {1e-2}), ("muon", {1e-2, 1e-4})])
+def test_the_rate_of_adamw_beside_muon_is_nothing_without_muon(
+    make_module: Callable[..., SpdModule], optimizer: str, peaks: set[float]
+) -> None:
+    module = make_module(configured=False, optimizer=optimizer, learning_rate=1e-2, adamw_learning_rate=1e-4)
+    trainer = fit(module, random_samples(2, 0), 2, max_steps=1)
+    assert {group["initial_lr"] for group in trainer.optimizers[0].param_groups} == peaks
+
+
 @pytest.mark.parametrize(
     "step",
     [

@@ -315,7 +315,7 @@ def test_two_ranks_share_the_prompts_and_find_what_one_finds(
     arguments: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # a learning rate that moves nothing: the head stays the untrained one that a single rank can validate
-    changes = {"model__learning_rate": 1e-30, "trainer__max_steps": 2}
+    changes = {"model__learning_rate": 1e-30, "model__adamw_learning_rate": 1e-30, "trainer__max_steps": 2}
     ranks = {"trainer__devices": 2, "trainer__strategy": "ddp"}
     done = program(arguments("fit", tmp_path / "two", **changes, **ranks), tmp_path)
     assert done.returncode == 0, done.stderr

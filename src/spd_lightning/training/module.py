@@ -84,7 +84,7 @@ class SpdModule(L.LightningModule):
             same features with every draw of fills. Compute and memory of the head grow with it.
         optimizer: adamw; or muon, for all matrices but the lm_head (adamw for the rest).
         learning_rate: peak.
-        adamw_learning_rate: peak of what AdamW takes, beside Muon the lm_head and the norms; null: learning_rate.
+        adamw_learning_rate: beside Muon, the peak of what AdamW takes, the lm_head and the norms; null: learning_rate.
         weight_decay: on matrices only.
         warmup: share of the steps in which the learning rate rises linearly.
         schedule: how it falls after that.
@@ -266,13 +266,14 @@ class SpdModule(L.LightningModule):
         strategy = self.trainer.strategy
         # in host memory the fused kernel is several times as fast
         fused = True if isinstance(strategy, ZeroStrategy) and strategy.offloads else None
-        adamw_rate = self.settings.adamw_learning_rate or self.settings.learning_rate
+        rate = self.settings.learning_rate
         optimizer: torch.optim.Optimizer
         if self.settings.optimizer == "muon":
             _, head = self.parts()
-            optimizer = MuonAdamW(groups, self.settings.learning_rate, adamw_rate, apart=[head.lm_head.weight])
+            beside = self.settings.adamw_learning_rate or rate
+            optimizer = MuonAdamW(groups, rate, beside, apart=[head.lm_head.weight])
         else:
-            optimizer = torch.optim.AdamW(groups, lr=adamw_rate, betas=BETAS, fused=fused)
+            optimizer = torch.optim.AdamW(groups, lr=rate, betas=BETAS, fused=fused)
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = scheduled(optimizer, self.settings, steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
