@@ -1,15 +1,18 @@
 """Which levers raise acceptance: heads trained with one thing changed at a time, and what the real decoder accepts.
 
 Every run is `fit` on one target: the same conversations, tokens, stages, layers and anchors. Runs that are finished are
-kept and not run again, so a study can be stopped, extended, and spread over days.
+kept and not run again, and a record keeps the rows of runs that are not here any more, so a study can be stopped,
+extended, and spread over days and machines.
 
     .venv/bin/python benchmarks/quality.py screen --jobs 2      runs what is missing, writes records/quality_screen.json
     .venv/bin/python benchmarks/quality.py final --jobs 2       the baseline and the finalists: three seeds, 200 prompts
+    .venv/bin/python benchmarks/quality.py second --jobs 2      the same on the target of second_target.py
+    .venv/bin/python benchmarks/quality.py four --jobs 2        the same with four stages
     .venv/bin/python benchmarks/quality.py screen --only "*ce*" --list
 
-A screening run is judged by its own final evaluation (60 prompts, greedy). The heads of `final` decode more prompts
-afterwards, greedy and at temperature 1; what a rejection rate is worth beside the baseline is a ratio with an interval
-over prompts and seeds.
+A screening run is judged by its own final evaluation (60 prompts, greedy). The heads of the other studies decode more
+prompts afterwards, greedy and at temperature 1; what a rejection rate is worth beside the baseline is a ratio with an
+interval over prompts and seeds.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import ROOT, console, renew_readme, write_record
+from common import RECORDS, ROOT, console, renew_readme, write_record
 
 RUNS = ROOT / "runs" / "quality"
 HELD_OUT = ROOT / "src/spd_lightning/embedded/documentation/heldout.jsonl.gz"
@@ -311,16 +314,18 @@ def rejection_ratio(ours: np.ndarray, theirs: np.ndarray, draws: int = 4000) -> 
     return rejected(ours) / rejected(theirs), float(low), float(high)
 
 
-def judged_rows(study: list[Variant], baseline: str) -> list[dict[str, Any]]:
-    """One row per recipe, prompt set and temperature, over its finished seeds."""
+def judged_rows(study: list[Variant], baseline: str, known: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row per recipe, prompt set and temperature, over its finished seeds; a known one over more seeds stands."""
     found: dict[str, dict[str, list[Any]]] = {}
     for variant in study:
         path = variant.folder / "judged.json"
         for key, one in (json.loads(path.read_text()) if path.exists() else {}).items():
             found.setdefault(variant.name, {}).setdefault(key, []).append((variant, one))
-    rows = []
+    rows = {(row["name"], row["set"]): row for row in known if any(row["name"] == v.name for v in study)}
     for name, sets in found.items():
         for key, seeds in sets.items():
+            if (name, key) in rows and rows[name, key]["seeds"] > len(seeds):
+                continue
             variant, counts = seeds[0][0], np.array([one["counts"] for _, one in seeds])
             row = {"name": name, "set": key, "seeds": len(seeds), "prompts": counts.shape[1], "n": variant.stages}
             row |= pooled(counts, variant.stages)
@@ -329,8 +334,15 @@ def judged_rows(study: list[Variant], baseline: str) -> list[dict[str, Any]]:
             if baseline in found and key in found[baseline]:
                 theirs = np.array([one["counts"] for _, one in found[baseline][key]])
                 row["ratio"] = rejection_ratio(counts, theirs)
-            rows.append(row)
-    return rows
+            rows[name, key] = row
+    return list(rows.values())
+
+
+def recorded(study: str) -> dict[str, Any]:
+    """What the study's record holds already: its rows by name and seed, and the list of judged ones."""
+    path = RECORDS / f"quality_{study}.json"
+    record = json.loads(path.read_text()) if path.exists() else {"rows": []}
+    return {"rows": {(row["name"], row["seed"]): row for row in record["rows"]}, "judged": record.get("judged", [])}
 
 
 def chosen(study: list[Variant], only: str | None) -> Iterator[Variant]:
@@ -358,7 +370,9 @@ def main() -> int:
             with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as processes:
                 for line in processes.map(partial(judge, data=options.data), heads):
                     console.print(line)
-    rows = [row_of(v) for v in study if finished(v)]
+    known = recorded(options.study)
+    rows = [row_of(v) if finished(v) else known["rows"].get((v.name, v.seed)) for v in study]
+    rows = [row for row in rows if row]
     for row in sorted(rows, key=lambda row: -row["p"]):
         forced = " ".join(f"{key} {row[f'teacher_forced_{key}']:.4f}" for key in FORCED)
         reached = f"p {row['p']:.4f} S {row['S']:.2f} T1 {row['p_T1'] or 0:.4f}"
@@ -366,7 +380,7 @@ def main() -> int:
     if not options.list:
         found: dict[str, Any] = {"rows": rows}
         if baseline := BASELINES.get(options.study):
-            found["judged"] = judged_rows(study, baseline)
+            found["judged"] = judged_rows(study, baseline, known["judged"])
             table = judged_markdown(found["judged"], baseline)
         else:
             table = markdown(rows)
@@ -390,10 +404,8 @@ def judged_markdown(rows: list[dict[str, Any]], baseline: str) -> str:
             seeds = ", ".join(f"{p:.3f}" for p in row["p_by_seed"])
             ratio, low, high = row.get("ratio", (math.nan,) * 3)
             interval = "" if row["name"] == baseline else f"{low:.2f} - {high:.2f}"
-            name = row["name"] if row["n"] == 8 else f"{row['name']} (n = {row['n']})"
-            lines.append(
-                f"| {name} | {row['seeds']} | {row['p']:.3f} ({seeds}) | {row['S']:.2f} | {ratio:.2f} | {interval} |"
-            )
+            values = f"{row['p']:.3f} ({seeds}) | {row['S']:.2f} | {ratio:.2f} | {interval}"
+            lines.append(f"| {row['name']} | {row['seeds']} | {values} |")
         lines.append("")
     return "\n".join(lines).rstrip()
 
@@ -439,11 +451,15 @@ FINAL = [
     *_seeds(replace(BEST, name="best-greedy", responses="greedy", judged=(0.0,))),
     *_seeds(replace(BEST_DRAWS, name="best-draws2-sampled", responses="sampled", judged=(1.0,))),
 ]
-OTHER = [replace(variant, name=f"second-{variant.name}", corpus=SECOND) for variant in (PUBLISHED, BEST)]
+OTHER = [
+    replace(variant, name=f"second-{variant.name}", corpus=SECOND)
+    for variant in (*_seeds(PUBLISHED), *_seeds(BEST_DRAWS), BEST)
+]
+FOUR = [replace(variant, name=f"n4-{variant.name}", stages=4) for variant in (PUBLISHED, BEST, BEST_DRAWS)]
 
-STUDIES = {"screen": SCREEN, "final": FINAL, "second": OTHER}
+STUDIES = {"screen": SCREEN, "final": FINAL, "second": OTHER, "four": FOUR}
 #: Studies whose heads decode more prompts, and the recipe that the others are held against.
-BASELINES = {"final": PUBLISHED.name, "second": f"second-{PUBLISHED.name}"}
+BASELINES = {"final": PUBLISHED.name, "second": f"second-{PUBLISHED.name}", "four": f"n4-{PUBLISHED.name}"}
 
 if __name__ == "__main__":
     sys.exit(main())
