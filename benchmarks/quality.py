@@ -141,6 +141,10 @@ MUON = {"model.optimizer": "muon"}
 
 LINEAR = {"model.schedule": "linear", "model.final_learning_rate": 0.0}
 DRAWS = {"model.restart_draws": 2}
+#: Lightning's own callback: the average is what is validated and exported.
+AVERAGED = {
+    "trainer.callbacks+": "lightning.pytorch.callbacks.EMAWeightAveraging", "trainer.callbacks.decay": 0.99,
+}  # fmt: skip
 WARM = {"model.head.kind": "target", "model.head.warm_start": "true"}
 
 
@@ -177,6 +181,7 @@ SCREEN = [
     _muon("best-restart0.25", NORM | LINEAR | {"model.restart_rate": 0.25}),
     _muon("best-all-anchors", NORM | LINEAR | {"model.head.anchors": "[0,1,2,3,4,5,6,7,8]"}),
     _muon("best-draws2", NORM | LINEAR | DRAWS),
+    _muon("best-ema0.99", NORM | LINEAR | AVERAGED),
     _muon("best-lmhead3e-4", NORM | LINEAR, lm_head=3e-4),
     _muon("best-lmhead1e-3", NORM | LINEAR, lm_head=1e-3),
 ]
