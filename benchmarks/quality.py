@@ -181,6 +181,7 @@ SCREEN = [
     _muon("best-restart0.25", NORM | LINEAR | {"model.restart_rate": 0.25}),
     _muon("best-all-anchors", NORM | LINEAR | {"model.head.anchors": "[0,1,2,3,4,5,6,7,8]"}),
     _muon("best-draws2", NORM | LINEAR | DRAWS),
+    _muon("best-rejected", NORM | LINEAR | DRAWS | {"model.restarts": "rejected"}),
     _muon("best-ema0.99", NORM | LINEAR | AVERAGED),
     _muon("best-lmhead3e-4", NORM | LINEAR, lm_head=3e-4),
     _muon("best-lmhead1e-3", NORM | LINEAR, lm_head=1e-3),

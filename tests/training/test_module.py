@@ -215,7 +215,7 @@ def test_a_warm_start_is_the_targets_last_layers(make_target: Callable[..., Any]
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"restarts": "some"}, "model.restarts='some': expected drawn or published"),
+        ({"restarts": "some"}, "model.restarts='some': expected drawn, rejected or published"),
         ({"restart_draws": 0}, "model.restart_draws=0: expected at least 1"),
         ({"optimizer": "sgd"}, "model.optimizer='sgd': expected adamw or muon"),
         ({"schedule": "step"}, "model.schedule='step': expected cosine or linear"),

@@ -10,9 +10,12 @@ import pytest
 import torch
 from module_cases import padded, random_samples
 
+from spd_lightning.data.batches import Batch, Share, collate, position_ids, supervised_positions
 from spd_lightning.data.chat import Sample
+from spd_lightning.errors import InputError
 from spd_lightning.head.layout import StaircaseLayout
 from spd_lightning.staircase import entry_cycles
+from spd_lightning.training.losses import draft_terms
 from spd_lightning.training.module import SpdModule
 
 
@@ -93,3 +96,43 @@ def test_every_draw_of_restarts_is_another_one(make_module: Callable[..., SpdMod
     first, second, third = (module.entry_cycles(batch, draw) for draw in range(3))
     assert torch.equal(first, make_module().entry_cycles(batch)), "the first is the one of a single draw"
     assert not torch.equal(first, second) and not torch.equal(second, third)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_draft_of_the_draw_before_restarts_as_often_as_it_would_be_rejected(
+    make_module: Callable[..., SpdModule], monkeypatch: pytest.MonkeyPatch, seed: int, packed: bool
+) -> None:
+    """Chances are those of the readable form; what is drawn from them is where the next draw restarts."""
+    module, samples = make_module(restarts="rejected", restart_draws=2, restart_rate=0.4), random_samples(4, seed)
+    batch = collate([samples[:2], samples[2:]], share=Share.of(samples)) if packed else padded(samples)
+    target, head = module.parts()
+    asked: list[tuple[torch.Tensor | None, torch.Tensor]] = []
+    original = module.entry_cycles
+
+    def entry_cycles(batch: Batch, draw: int = 0, rates: torch.Tensor | None = None) -> torch.Tensor:
+        asked.append((rates, original(batch, draw, rates)))
+        return asked[-1][1]
+
+    monkeypatch.setattr(module, "entry_cycles", entry_cycles)
+    module.loss(batch, statistics=False)
+    (before, first), (rates, second) = asked
+    assert before is None and torch.equal(first, original(batch, 0)) and rates is not None
+    documents, positions = (batch["documents"], position_ids(batch)) if packed else (None, None)
+    states, last = target(batch["input_ids"], head.config.anchors, positions, documents)
+    with torch.no_grad():
+        drafted = head.logits(head(states, StaircaseLayout(head.staircase, first, documents), positions))
+        select = supervised_positions(batch)
+        overlaps = 1 - draft_terms(drafted[select], target.logits(last[select]), head.draft_token_ids)["tv"]
+    expected = torch.full(select.shape, 0.4)
+    for (row, at), alpha in zip(select.nonzero().tolist(), overlaps.tolist(), strict=True):
+        expected[row, at + 1] = 1 - alpha
+    assert torch.allclose(rates, expected, atol=1e-5)
+    always, never = (original(batch, 1, torch.full(rates.shape, share)) for share in (1.0, 0.0))
+    assert not torch.equal(second, always) and not torch.equal(second, never)
+    assert torch.equal(second, original(batch, 1, rates)), "drawn by seed, epoch, sample and draw alone"
+
+
+def test_rejected_drafts_need_a_draw_before_them(make_module: Callable[..., SpdModule]) -> None:
+    with pytest.raises(InputError, match=r"model\.restarts=rejected with model\.restart_draws=1: expected at least 2"):
+        make_module(restarts="rejected", configured=False)

@@ -135,6 +135,7 @@ def chunked_draft_loss(
     statistics: bool = True,
     softcap: float | None = None,
     options: Loss = Loss(),  # noqa: B008 (frozen)
+    alphas: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sum of `draft_loss` over all positions, a chunk at a time.
 
@@ -150,6 +151,7 @@ def chunked_draft_loss(
         statistics: also fill the statistics table (sorting costs time, so training asks for it now and then).
         softcap: c, where draft logits are c tanh(logits / c).
         options: what is minimised.
+        alphas: [P], receives the chance of every draft to be accepted at temperature 1.
 
     Returns:
         The summed loss (scalar, differentiable), and statistics [n + 1, len(COLUMNS)] in float64, one row per fill;
@@ -157,8 +159,9 @@ def chunked_draft_loss(
     """
     table = torch.zeros(num_stages + 1, len(COLUMNS), dtype=torch.float64, device=hidden.device)
     loss = _ChunkedLoss.apply(
-        hidden, lm_head, target_hidden, target_logits, draft_ids, fills, chunk, table, statistics, softcap, options
-    )
+        hidden, lm_head, target_hidden, target_logits, draft_ids, fills, chunk, table, statistics, softcap, options,
+        alphas,
+    )  # fmt: skip
     return loss, table
 
 
@@ -177,6 +180,7 @@ class _ChunkedLoss(torch.autograd.Function):
         statistics: bool,
         softcap: float | None,
         options: Loss,
+        alphas: Tensor | None,
     ) -> Tensor:
         kind = hidden.device.type
         compute = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
@@ -200,6 +204,8 @@ class _ChunkedLoss(torch.autograd.Function):
                 log_q = logits.log_softmax(-1)
                 kl, value, grad = _value_and_gradient(log_q, teacher, draft_ids, options, grad_hidden is not None)
                 total += value.sum()
+                if alphas is not None:
+                    alphas[here] = overlap(log_q, teacher, draft_ids)
                 _tabulate(table, fills[here], {"kl": kl, "loss": value}, log_q, teacher, draft_ids, statistics)
                 if grad is not None and grad_hidden is not None and grad_weight is not None:
                     if squeezed is not None:
@@ -214,7 +220,7 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         grad_hidden, grad_weight = ctx.saved_tensors
         scale = upstream.to(grad_hidden.dtype)
-        return grad_hidden * scale, grad_weight * scale.to(grad_weight.dtype), *([None] * 9)
+        return grad_hidden * scale, grad_weight * scale.to(grad_weight.dtype), *([None] * 10)
 
 
 def _value_and_gradient(
@@ -287,18 +293,23 @@ def _tabulate(
         best = log_q.topk(min(4, log_q.shape[-1]), dim=-1).indices
         proposals = best if draft_ids is None else draft_ids[best]
         hits = proposals == wanted[:, None]
-        p = teacher.softmax(-1)
-        p = p if draft_ids is None else p[:, draft_ids]
         outside = torch.zeros_like(hits[:, 0]) if draft_ids is None else ~torch.isin(wanted, draft_ids)
         columns |= {
             "top1": hits[:, 0],
             "hit2": hits[:, :2].any(-1),
             "hit4": hits.any(-1),
-            "alpha": torch.minimum(p, log_q.exp()).sum(-1),
+            "alpha": overlap(log_q, teacher, draft_ids),
             "miss": outside,
         }
     values = torch.stack([columns.get(name, torch.zeros_like(kl)).to(table.dtype) for name in COLUMNS], dim=-1)
     table.index_add_(0, fills, values)
+
+
+@torch.no_grad()
+def overlap(log_q: Tensor, teacher: Tensor, draft_ids: Tensor | None) -> Tensor:
+    """alpha = sum min(P, Q): [C, V_d], logits [C, V] -> [C]; P over the full vocabulary, Q = 0 outside its own."""
+    P = teacher.softmax(-1)
+    return torch.minimum(P if draft_ids is None else P[:, draft_ids], log_q.exp()).sum(-1)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -76,9 +76,11 @@ class SpdModule(L.LightningModule):
             time, embedding, lm_head and verification included.
         head: what head is trained.
         loss: what is minimised.
-        restarts: where training sequences restart: drawn token by token at restart_rate, so that fills come as often as
-            in decoding; or published, as the method's authors train: half of the sequences saturated, in the other half
-            all fills from 1 to n equally often (validation draws them in either case).
+        restarts: where training sequences restart. drawn: token by token at restart_rate, so that fills come as often
+            as in decoding. rejected: so in the first of several restart_draws; in every other one where the drafts of
+            the draw before are rejected, each with the chance 1 - alpha that it has at temperature 1. published: as
+            the method's authors train, half of the sequences saturated, in the other half all fills from 1 to n
+            equally often. Validation draws them in any case.
         restart_rate: probability that a training token starts after a flush, 1 - p of the decoder it is meant for.
         restart_draws: how often a step draws restarts: the target passes over a batch once, the head trains on the
             same features with every draw of fills. Compute and memory of the head grow with it.
@@ -103,7 +105,7 @@ class SpdModule(L.LightningModule):
         stage_layers: list[int] | Literal["auto"] | None = None,
         head: HeadOptions = HeadOptions(),  # noqa: B008 (frozen)
         loss: Loss = Loss(),  # noqa: B008 (frozen)
-        restarts: Literal["drawn", "published"] = "drawn",
+        restarts: Literal["drawn", "rejected", "published"] = "drawn",
         restart_rate: float = 0.15,
         restart_draws: int = 1,
         optimizer: Literal["adamw", "muon"] = "adamw",
@@ -132,18 +134,23 @@ class SpdModule(L.LightningModule):
             if not low <= value <= high:
                 raise InputError(f"model.{name}={value}: expected a number from {low} to {high}.")
         for name, choice, known in (
-            ("restarts", restarts, ("drawn", "published")),
+            ("restarts", restarts, ("drawn", "rejected", "published")),
             ("optimizer", optimizer, ("adamw", "muon")),
             ("schedule", schedule, ("cosine", "linear")),
         ):
             if choice not in known:
-                raise InputError(f"model.{name}={choice!r}: expected {' or '.join(known)}.")
+                raise InputError(f"model.{name}={choice!r}: expected {', '.join(known[:-1])} or {known[-1]}.")
         for name, rate in (("learning_rate", learning_rate), ("adamw_learning_rate", adamw_learning_rate)):
             if rate is not None and not rate > 0:
                 raise InputError(f"model.{name}={rate}: expected a positive number.")
         for name, count in (("loss_chunk", loss_chunk), ("restart_draws", restart_draws)):
             if count < 1:
                 raise InputError(f"model.{name}={count}: expected at least 1.")
+        if restarts == "rejected" and restart_draws < 2:
+            raise InputError(
+                f"model.restarts=rejected with model.restart_draws={restart_draws}: expected at least 2 draws, the "
+                "first one says what is rejected."
+            )
         self.strict_loading = False  # the frozen target is in no checkpoint; missing HEAD keys are refused below
         self.tokens_seen = 0.0
         self._step_applied = True
@@ -346,11 +353,12 @@ class SpdModule(L.LightningModule):
         states, last = target(batch["input_ids"], head.config.anchors, positions, documents)
         states = [state.to(head.dtype) for state in states]
         select = supervised_positions(batch)
-        layouts = (
-            StaircaseLayout(head.staircase, self.entry_cycles(batch, draw), documents)
-            for draw in range(self.settings.restart_draws if self.training else 1)
-        )
-        parts = [self._loss_of_rows(states, last[select], layout, positions, select, statistics) for layout in layouts]
+        parts, rates = [], None
+        for draw in range(self.settings.restart_draws if self.training else 1):
+            layout = StaircaseLayout(head.staircase, self.entry_cycles(batch, draw, rates), documents)
+            *part, alphas = self._loss_of_rows(states, last[select], layout, positions, select, statistics)
+            parts.append(part)
+            rates = self._rejection_rates(select, alphas) if self.settings.restarts == "rejected" else None
         total, table = (torch.stack(values).mean(0) for values in zip(*parts, strict=True))
         return total / batch["supervised"].clamp(min=1).to(total.dtype), table
 
@@ -362,9 +370,10 @@ class SpdModule(L.LightningModule):
         positions: Tensor | None,
         select: Tensor,
         statistics: bool,
-    ) -> tuple[Tensor, Tensor]:
-        """Sum of the loss over the selected positions, and its statistics table, at the fills of a layout."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Sum of the loss over the selected positions, its statistics table, and their alphas, at a layout's fills."""
         target, head = self.parts()
+        alphas = last.new_ones(len(last), dtype=torch.float32)
         # a head with one block has no deeper rows
         deeper = self.loss_options.deeper_rows if len(head.staircase.reachable_blocks) > 1 else 0.0
         hidden = head(states, layout, positions, select, all_rows=deeper > 0)
@@ -379,7 +388,8 @@ class SpdModule(L.LightningModule):
             options=self.loss_options,
         )
         fills = layout.fills()[select]
-        here = partial(loss, target_hidden=last, fills=fills, statistics=statistics)
+        wanted = alphas if self.settings.restarts == "rejected" else None
+        here = partial(loss, target_hidden=last, fills=fills, statistics=statistics, alphas=wanted)
         with gathered(target.norm, target.lm_head):  # chunks differ in number from rank to rank
             total, table = head.lm_head(head.norm(drafting), here)
             if deeper:
@@ -392,14 +402,22 @@ class SpdModule(L.LightningModule):
                 )
                 more, _ = head.lm_head(head.norm(rows.flatten(0, 1)), again)
                 total = total + deeper * more / rows.shape[1]
-        return total, table
+        return total, table, alphas
 
-    def entry_cycles(self, batch: Batch, draw: int = 0) -> Tensor:
+    def _rejection_rates(self, select: Tensor, alphas: Tensor) -> Tensor:
+        """[B, S]: the chance that a token comes after a flush: 1 - alpha where it was drafted, else restart_rate."""
+        rates = alphas.new_full(select.shape, self.settings.restart_rate)
+        drafted = select.roll(1, 1)  # a draft is made at the position before; at the last one there is none
+        rates[drafted] = 1 - alphas
+        return rates
+
+    def entry_cycles(self, batch: Batch, draw: int = 0, rates: Tensor | None = None) -> Tensor:
         """[B, S]: gap n at each assistant turn's first token and at drawn restarts, else 1.
 
-        What is drawn is a function of (seed, epoch, sample, draw), so a resumed run or another number of ranks repeats
-        it. In validation restarts are always drawn at restart_rate: what is judged is the decoder's work, and the
-        metrics of two ways to train mean the same.
+        `rates` [B, S] are chances of a restart by position, instead of restart_rate everywhere. What is drawn is a
+        function of them and of (seed, epoch, sample, draw), so a resumed run or another number of ranks repeats it. In
+        validation restarts are always drawn at restart_rate: what is judged is the decoder's work, and the metrics of
+        two ways to train mean the same.
         """
         _, head = self.parts()
         epoch = int(batch["epoch"])
@@ -415,7 +433,9 @@ class SpdModule(L.LightningModule):
                 random = ((np.arange(length) + phase) % n != 0) * 1.0 if phase < n else np.ones(length)
             draws[at : at + length] = torch.from_numpy(random)
         draws = draws.view_as(starts).to(starts.device)
-        restart = starts | (draws < (0.5 if published else self.settings.restart_rate))
+        if rates is None:
+            rates = draws.new_full((), 0.5 if published else self.settings.restart_rate)
+        restart = starts | (draws < rates)
         return torch.where(restart, n, 1).cumsum(1)
 
     # -- checkpoints: the head alone -------------------------------------------------------------------------------
