@@ -145,6 +145,7 @@ DRAWS = {"model.restart_draws": 2}
 AVERAGED = {
     "trainer.callbacks+": "lightning.pytorch.callbacks.EMAWeightAveraging", "trainer.callbacks.decay": 0.99,
 }  # fmt: skip
+DEEPER = _loss(kl=1.0, deeper_rows=0.3)
 WARM = {"model.head.kind": "target", "model.head.warm_start": "true"}
 
 
@@ -175,12 +176,13 @@ SCREEN = [
     _muon("muon-lmhead5e-4-norm-linear", NORM | LINEAR, batch=2),
     _muon("best-lk_hybrid", NORM | LINEAR | _loss(lk_hybrid=1.0)),
     _muon("best-ce", NORM | LINEAR | _loss(kl=1.0, ce=0.5)),
-    _muon("best-deeper", NORM | LINEAR | _loss(kl=1.0, deeper_rows=0.3)),
+    _muon("best-deeper", NORM | LINEAR | DEEPER),
     _muon("best-warm", NORM | LINEAR | WARM),
     _muon("best-target-kind", NORM | LINEAR | {"model.head.kind": "target"}),
     _muon("best-restart0.25", NORM | LINEAR | {"model.restart_rate": 0.25}),
     _muon("best-all-anchors", NORM | LINEAR | {"model.head.anchors": "[0,1,2,3,4,5,6,7,8]"}),
     _muon("best-draws2", NORM | LINEAR | DRAWS),
+    _muon("best-draws2-deeper", NORM | LINEAR | DRAWS | DEEPER),
     _muon("best-rejected", NORM | LINEAR | DRAWS | {"model.restarts": "rejected"}),
     _muon("best-ema0.99", NORM | LINEAR | AVERAGED),
     _muon("best-lmhead3e-4", NORM | LINEAR, lm_head=3e-4),
@@ -444,6 +446,7 @@ def _seeds(variant: Variant) -> list[Variant]:
 
 BEST = _muon("muon-lmhead5e-4-norm-linear", NORM | LINEAR)
 BEST_DRAWS = _muon("best-draws2", NORM | LINEAR | DRAWS)
+BEST_DEEPER = _muon("best-draws2-deeper", NORM | LINEAR | DRAWS | DEEPER)
 PUBLISHED = _both({}, "published", 1e-3, 4, published=True)
 #: Folder of benchmarks/second_target.py.
 SECOND = Path("runs/second")
@@ -453,6 +456,7 @@ FINAL = [
     _both({}, "published", 2e-3, 16, published=True),
     *_seeds(BEST),
     *_seeds(BEST_DRAWS),
+    *_seeds(BEST_DEEPER),
     replace(BEST, name="best-regenerated", responses="mixed"),
     *_seeds(replace(BEST, name="best-greedy", responses="greedy", judged=(0.0,))),
     *_seeds(replace(BEST_DRAWS, name="best-draws2-sampled", responses="sampled", judged=(1.0,))),
