@@ -74,8 +74,8 @@ def base_fields(model_folder: Path, data_files: dict[str, str]) -> dict[str, Any
         "data__validation": data_files["validation"],
         "data__batch_size": 2,
         "data__validation_samples": 5,
-        "decoding__prompts": 5,
-        "decoding__max_new_tokens": 16,
+        "decoding__prompts": 3,
+        "decoding__max_new_tokens": 12,
         "final__prompts": 0,
         "model__optimizer": "adamw",  # what DeepSpeed knows
         "trainer__accelerator": "cpu",

@@ -37,13 +37,13 @@ def strike(heads: str, rank: int, when: str, what: str, message: str) -> None:
 
 
 CASES = [
-    ("together", 0, "cycle -1", "SIGKILL", r"rank 0: stage 0 \+ head was killed by SIGKILL"),
     ("together", 1, "cycle 30", "SIGSTOP", r"rank 1: stage 1 gave no sign of life for 4 s"),
     ("together", 1, "cycle 30", "memory", r"rank 1: stage 1 ended: CUDA out of memory"),
-    ("together", 1, "never", "other head", r"head is \w+ on rank 0 and \w+ on rank 1"),
 ]
 #: More of what ends a rank, or is found at start.
 OTHERS = [
+    ("together", 0, "cycle -1", "SIGKILL", r"rank 0: stage 0 \+ head was killed by SIGKILL"),
+    ("together", 1, "never", "other head", r"head is \w+ on rank 0 and \w+ on rank 1"),
     ("together", 2, "never", "other version", r"torch version is 2\.\S+ on rank 0 and 1\.0\.0 on rank 2"),
     ("together", 0, "cycle 30, stage", "freeze", r"rank 0: stage 0 \+ head stands still for 4 s .*--patience"),
     ("together", 1, "cycle 30", "input", r"^error: the logits are not finite: the weights"),
@@ -77,6 +77,7 @@ def test_whatever_ends_any_rank_at_any_time_it_is_named(
     strike(heads, rank, when, what, message)
 
 
+@pytest.mark.slow
 def test_under_torchrun_one_rank_names_the_one_that_was_killed(tmp_path: Path) -> None:
     """Nobody outlives the ranks but torchrun, which knows no stages."""
     command = [

@@ -212,11 +212,12 @@ def test_wrong_ranks_are_one_line_before_any_process_is_started(
     assert status == 2 and len(errors) == 1 and re.search(message, errors[0]), err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--num-stages", 3], "--num-stages 3: the head has 2 stages"),
-        pytest.param(["--device-map", "auto"], "in a pipeline every rank holds its own stage", marks=pytest.mark.slow),
+        (["--device-map", "auto"], "in a pipeline every rank holds its own stage"),
     ],
     ids=["stages", "map"],
 )
@@ -341,6 +342,7 @@ def test_weights_that_differ_in_one_tensor_are_told_apart(tmp_path: Path) -> Non
         sampled_digest(other)
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_ends_the_ranks_in_silence(head_of_two: Path, tmp_path: Path) -> None:
     words = [sys.executable, "-m", "spd_lightning", "generate", "--target", "tiny", "--head", str(head_of_two)]
     words += ["--prompt", "Write about the module os.", "--max-new-tokens", "700", "--workers", "2"]

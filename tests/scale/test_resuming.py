@@ -15,7 +15,7 @@ from spd_lightning.training.saving import progress_checkpoints
 
 Go = Callable[..., Done]
 STEPS, STOP, STOPPED = 10, 5, 128 + 15
-RUNS = some_strategies("single", "muon", default=["deepspeed_stage_3"])
+RUNS = [*some_strategies("single", default=["deepspeed_stage_3"]), *also("muon")]
 CROSSINGS = [
     "single-by-deepspeed_stage_3",
     *also("deepspeed_stage_3-by-one", *(f"{s}-by-one" for s in STRATEGIES[:3])),

@@ -16,13 +16,13 @@ from spd_lightning.head.zero import open_parts
 from spd_lightning.training.saving import progress_checkpoints
 
 Go = Callable[..., Done]
-STEPS, ROWS = 50, 8
+STEPS, ROWS = 24, 8
 #: rows per optimizer step: accumulation 1, 2 and 4 on two ranks with 2 rows per micro-batch
 GLOBAL = [ROWS, *also(4, 16)]
 
 
 def fields(rows: int, **changes: Any) -> dict[str, Any]:
-    every = {"trainer__max_steps": STEPS, "decoding__every_steps": 25, "model__learning_rate": 3e-3}
+    every = {"trainer__max_steps": STEPS, "decoding__every_steps": STEPS // 2, "model__learning_rate": 3e-3}
     every |= {"trainer__gradient_clip_val": 0.02}  # AdamW forgives a wrong scale of gradients, clipping does not
     return every | {"data__global_batch_size": rows} | changes
 
