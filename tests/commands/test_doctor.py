@@ -10,6 +10,7 @@ from spd_lightning import cli
 from spd_lightning.commands import doctor
 
 
+@pytest.mark.slow
 def test_a_whole_machine_passes_the_self_test(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor", "--offline", "--json"]) == 0
     findings = {finding["what"]: finding for finding in json.loads(capsys.readouterr().out)}

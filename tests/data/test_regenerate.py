@@ -316,7 +316,7 @@ def test_work_begun_by_three_ranks_can_be_ended_by_one(command):
     assert sorted(json.loads(line)["unit"] for line in lines) == list(range(7))
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.slow)])
 def test_kills_at_random_points_change_no_byte(command, make_conversations, write_lines, model_folder, tmp_path, kills):
     draw, units = random.Random(kills), 7 * kills
     given = make_conversations(2 * units, 4)

@@ -63,6 +63,7 @@ def test_a_store_holds_what_the_encoder_says_sample_by_sample(encoding: Encoding
         stored[600]
 
 
+@pytest.mark.slow
 def test_the_number_of_processes_changes_no_byte(encoding: Encoding, tmp_path: Path) -> None:
     files = [
         (open_store(encoding, tmp_path / str(workers), "x", workers).path / "samples.arrow").read_bytes()

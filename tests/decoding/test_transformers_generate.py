@@ -12,8 +12,9 @@ from transformers import GenerationConfig, StoppingCriteriaList
 
 from spd_lightning.decoding.transformers_generate import check_generation_config, generate
 from spd_lightning.errors import InputError
+from spd_lightning.export import bundle
 from spd_lightning.export.background import Background
-from spd_lightning.export.bundle import write_bundle
+from spd_lightning.export.check import check_folder
 from spd_lightning.head.loading import new_head
 from spd_lightning.target.target import Target
 
@@ -27,7 +28,9 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: Any, make_target:
     target = make_target(request.param, num_layers=5, num_stages=3, spread=0.06, embedding_scale=3.0)
     folder = tmp_path_factory.mktemp("heads") / f"head_{request.param}"
     head = new_head(target, num_layers=1)
-    write_bundle(head, folder, Background({"name": "test", "kind": "folder"}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bundle, "prove", check_folder)  # without a process of its own
+        bundle.write_bundle(head, folder, Background({"name": "test", "kind": "folder"}))
     model = target.model
     model.requires_grad_(True)
     model.generation_config.eos_token_id = None

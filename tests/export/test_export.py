@@ -31,6 +31,15 @@ FILES = {
 }  # fmt: skip
 
 
+PROVE = bundle.prove
+
+
+@pytest.fixture(autouse=True)
+def proof_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fresh process for each export takes seconds; the fixtures below, and a test, have theirs."""
+    monkeypatch.setattr(bundle, "prove", check_folder)
+
+
 @pytest.fixture(scope="module")
 def run(model_folder: Path, data_files: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run with plots."""
@@ -157,6 +166,7 @@ def test_a_folder_that_does_not_prove_itself_never_gets_its_name(
         write_fixture(other, path)
 
     monkeypatch.setattr(bundle, "write_fixture", wrong)
+    monkeypatch.setattr(bundle, "prove", PROVE)
     with pytest.raises(BrokenInvariantError, match="differ from the fixture"):
         cli.main(["export", "--checkpoint", str(exported), "--output", str(tmp_path / "head")])
     assert not list(tmp_path.iterdir())

@@ -34,7 +34,7 @@ SMALL_WINDOW = 3
 
 # family, drafter, settings
 QUICK = [
-    ("qwen3_5_text", "far", "warm"),
+    pytest.param("qwen3_5_text", "far", "warm", marks=pytest.mark.slow),
     pytest.param("gemma3_text", "far", "plain", marks=pytest.mark.slow),
     pytest.param("qwen3_moe", "far", "top-k and top-p", marks=pytest.mark.slow),
 ]

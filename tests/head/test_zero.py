@@ -48,7 +48,7 @@ def write(out: Path, stage: int, dtype: str, ranks: int) -> Path:
     return out
 
 
-@pytest.fixture(scope="module", params=[2, 3], ids=lambda stage: f"stage {stage}")
+@pytest.fixture(scope="module", params=[pytest.param(2, marks=pytest.mark.slow), 3], ids=lambda stage: f"stage {stage}")
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of two ranks in float32."""
     return write(tmp_path_factory.mktemp("zero") / "last.ckpt", request.param, "fp32", 2)

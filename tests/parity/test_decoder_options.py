@@ -34,7 +34,7 @@ SAMPLINGS: list[dict[str, Any]] = [{}, {"temperature": 1.0}, {"temperature": 0.7
 TREES = [Tree(width, 2.0, late, gate) for width, late, gate in product((1, 3, 5), (False, True), (0.0, 0.05))]
 ENDS: list[list[int]] = [[], [7, 11, 23]]
 PROMPTS = ([5], [9, 8, 7, 6, 5])
-NEW = 10
+NEW = 8
 
 
 def models(make_target: Callable[..., Target], index: int) -> tuple[Target, SpeculationHead]:

@@ -171,7 +171,7 @@ def sample(
 # drafter, settings, stages
 QUICK = [
     ("far", "plain", 2),
-    ("equal", "top-p", 3),
+    pytest.param("equal", "top-p", 3, marks=pytest.mark.slow),
     ("head with draft vocabulary", "warm", 2),
     pytest.param("head", "top-k and top-p", 2, marks=pytest.mark.slow),
 ]
@@ -258,7 +258,14 @@ def one_number_for_every_purpose(seed: int, purpose: Purpose, position: int, att
     return uniform(seed, Purpose.TARGET, position, attempt)
 
 
-@pytest.mark.parametrize("broken", ["accept always", "residual is P", "top-p on one side", "coin not independent"])
+@pytest.mark.parametrize(
+    "broken",
+    [
+        "residual is P",
+        "coin not independent",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("accept always", "top-p on one side")),
+    ],
+)
 def test_the_same_test_rejects_a_decoder_that_is_broken(
     make_target: Callable[..., Target], monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:

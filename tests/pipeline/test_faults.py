@@ -37,11 +37,11 @@ def strike(heads: str, rank: int, when: str, what: str, message: str) -> None:
 
 
 CASES = [
-    ("together", 1, "cycle 30", "SIGSTOP", r"rank 1: stage 1 gave no sign of life for 4 s"),
     ("together", 1, "cycle 30", "memory", r"rank 1: stage 1 ended: CUDA out of memory"),
 ]
 #: More of what ends a rank, or is found at start.
 OTHERS = [
+    ("together", 1, "cycle 30", "SIGSTOP", r"rank 1: stage 1 gave no sign of life for 4 s"),
     ("together", 0, "cycle -1", "SIGKILL", r"rank 0: stage 0 \+ head was killed by SIGKILL"),
     ("together", 1, "never", "other head", r"head is \w+ on rank 0 and \w+ on rank 1"),
     ("together", 2, "never", "other version", r"torch version is 2\.\S+ on rank 0 and 1\.0\.0 on rank 2"),

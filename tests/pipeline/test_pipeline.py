@@ -52,7 +52,7 @@ def check(cases: list[dict[str, Any]]) -> None:
             assert case["phases"] == list(range(1, case["n"] + 1)), case
 
 
-@pytest.mark.parametrize(("world", "count"), [(3, 5), pytest.param(5, 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("world", "count"), [(3, 3), pytest.param(5, 2, marks=pytest.mark.slow)])
 def test_ranks_decode_token_for_token_what_one_process_does(world: int, count: int) -> None:
     check(decode_cases(world, 0, count))
 
@@ -150,13 +150,14 @@ def command(*arguments: object, cwd: Path, **environment: str) -> subprocess.Com
 
 
 def test_generate_on_workers_prints_what_one_process_prints_and_leaves_a_trace(
-    head_of_two: Path, tmp_path: Path
+    head_of_two: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plain = ["generate", "--target", "tiny", "--head", head_of_two, "--prompt", "What is a path?"]
-    here = command(*plain, "--max-new-tokens", 24, cwd=tmp_path)
+    assert cli.main([*map(str, plain), "--max-new-tokens", "24"]) == 0
+    here = capsys.readouterr().out
     ranks = command(*plain, "--max-new-tokens", 24, "--workers", 3, "--trace", "t.json", cwd=tmp_path)
     assert ranks.returncode == 0, ranks.stderr
-    assert ranks.stdout == here.stdout and ranks.stdout.strip()
+    assert ranks.stdout == here and ranks.stdout.strip()
     assert "3 ranks, stages at the same time" in ranks.stderr and "the head could take" in ranks.stderr
     trace = json.loads((tmp_path / "t.json").read_text())
     names = {event["args"].get("name") for event in trace["traceEvents"] if event["ph"] == "M"}
@@ -165,7 +166,7 @@ def test_generate_on_workers_prints_what_one_process_prints_and_leaves_a_trace(
 
 
 def test_bench_on_workers_measures_a_wall_clock_speedup_and_marks_forced_acceptance(
-    head_of_two: Path, tmp_path: Path
+    head_of_two: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "p.txt").write_text("What is a path?\nHow do I open a file?\n")
     options = ["--prompts", "p.txt", "--max-new-tokens", 24, "--workers", 2, "--output", "b.json"]
@@ -180,10 +181,9 @@ def test_bench_on_workers_measures_a_wall_clock_speedup_and_marks_forced_accepta
     assert "FORCED acceptance 0.8" in (tmp_path / "b.md").read_text()
     assert record["metrics"][-1]["wall_clock_speedup"] > 0 and record["metrics"][-1]["identical"] is None
     assert record["metrics"][-1]["new_tokens"] == 48 and "FORCED acceptance 0.8" in done.stdout
-    refused = command(
-        "export", "--checkpoint", head_of_two, "--target", "tiny", "--output", "e", "--bench", "b.json", cwd=tmp_path
-    )
-    assert refused.returncode == 2 and "--forced-acceptance" in refused.stderr
+    words = ["export", "--checkpoint", head_of_two, "--target", "tiny", "--output", tmp_path / "e", "--bench"]
+    assert cli.main([*map(str, words), str(tmp_path / "b.json")]) == 2
+    assert "--forced-acceptance" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

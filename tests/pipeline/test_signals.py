@@ -111,6 +111,7 @@ def test_a_signal_ends_all_processes_and_keeps_the_rows(
         assert (folder / ".b.json.journal").read_text().count("\n") > 3, "the same command goes on from here"
 
 
+@pytest.mark.slow
 def test_ranks_do_not_outlive_the_process_that_started_them(long_head: tuple[Path, Path]) -> None:
     head, folder = long_head
     port = free_port()

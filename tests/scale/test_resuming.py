@@ -11,6 +11,7 @@ import pytest
 from safetensors.torch import load_file
 from scale_runs import STRATEGIES, Case, Done, also, asked_for, everything_logged, logged, some_strategies
 
+from spd_lightning import cli
 from spd_lightning.training.saving import progress_checkpoints
 
 Go = Callable[..., Done]
@@ -126,14 +127,15 @@ def test_other_ranks_and_strategies_go_on_along_the_same_curve(crossings: Path, 
         assert values[0] == pytest.approx(values[1][-len(values[0]) :], rel=1e-6), metric
 
 
-def test_other_global_batches_are_refused(crossings: Path, go: Go) -> None:
+@pytest.mark.parametrize(
+    ("field", "ours", "theirs"), [("global_batch_size", 4, 8), ("batch_size", 4, 2), ("seed", 1, 0)]
+)
+def test_other_global_batches_are_refused(
+    crossings: Path, base_fields: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    field: str, ours: int, theirs: int,
+) -> None:  # fmt: skip
     left = progress_checkpoints(crossings / "single-left" / "checkpoints")[-1]
-    cases = [
-        Case("other-global", fields(ckpt_path=left, data__global_batch_size=4)),
-        Case("other-rows", fields(ckpt_path=left, data__batch_size=4)),
-        Case("other-seed", fields(ckpt_path=left, data__seed=1)),
-    ]
-    done = go(crossings, cases)
-    assert set(done.returned.values()) == {2}
-    for field, ours, theirs in (("global_batch_size", 4, 8), ("batch_size", 4, 2), ("seed", 1, 0)):
-        assert f"error: data.{field}={ours}: the run that is resumed had {theirs}" in done.output
+    changed = base_fields | fields(ckpt_path=left, run_dir=tmp_path / "run") | {f"data__{field}": ours}
+    words = [f"--{name.replace('__', '.')}={value}" for name, value in changed.items()]
+    assert cli.main(["fit", "--config", "tiny", *words]) == 2
+    assert f"error: data.{field}={ours}: the run that is resumed had {theirs}" in capsys.readouterr().err

@@ -97,6 +97,7 @@ def test_the_agent_runs_two_trials_whose_metric_reaches_their_wandb_runs(
         assert folder.name.endswith(f"-trial{number}")
 
 
+@pytest.mark.slow
 def test_a_trial_that_the_server_ends_dies_by_the_signal_and_its_agent_counts_no_failure(
     tmp_path: Path, model_folder: Path, data_files: dict[str, str]
 ) -> None:

@@ -311,6 +311,7 @@ def test_what_could_not_be_evaluated_in_the_end_is_refused_before_training(
 # -- two ranks -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_ranks_share_the_prompts_and_find_what_one_finds(
     arguments: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
