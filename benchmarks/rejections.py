@@ -63,7 +63,7 @@ def repeats(ids: list[int], at: int, width: int = 2) -> bool:
 def verdicts(run: Path, prompts: list[list[int]], temperature: float) -> Iterator[Verdict]:
     target, tokenizer = load_target("tiny"), load_tokenizer("tiny")
     head = load_head(run, target)
-    assert head.draft_ids is None, "laws are compared over the whole vocabulary"
+    assert head.draft_token_ids is None, "laws are compared over the whole vocabulary"
     decoder, ends = SpdDecoder(target, head), target.end_of_sequence_ids()
     for number, prompt in enumerate(prompts):
         made = decoder.generate(prompt, NEW, temperature, seed=number)
