@@ -7,6 +7,7 @@ time of as many rows through one decoder layer of Llama 3.1 8B's sizes, against 
 a matter of size: a small layer is arithmetic and calls, a large one is the reading of its weights.
 
     .venv/bin/python benchmarks/tree.py --run runs/tiny      writes records/tree.json, renews docs/quality.md
+    .venv/bin/python benchmarks/tree.py --run runs/tiny --widths 2 3 --prompts 100      records/tree_widths.json
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import math
 import os
 import statistics
 import sys
@@ -53,17 +55,19 @@ def prompts_of(start: int, stop: int) -> list[list[int]]:
     ]
 
 
-def measured(run: Path, count: int, temperature: float) -> dict[str, Any]:
+def measured(run: Path, count: int, temperature: float, widths: Sequence[int] | None) -> dict[str, Any]:
+    """All arms on so many prompts; the chain and trees of some widths alone where `widths` are given."""
     target = load_target("tiny")
     head = load_head(run, target)
     sharpness = fitted_sharpness(target, head, prompts_of(128, 168), NEW, temperature=temperature)
     console.print(f"temperature {temperature:g}: sharpness {sharpness:.2f}")
     arms: dict[str, SpdDecoder] = {"chain": SpdDecoder(target, head)}
-    arms |= {f"tree {k}": TreeDecoder(target, head, Tree(k, sharpness)) for k in WIDTHS}
-    for gate in GATES:
-        arms[f"tree 4, gate {gate:g}"] = TreeDecoder(target, head, Tree(4, sharpness, gate=gate))
-    arms["tree 3, newest only"] = TreeDecoder(target, head, Tree(3, sharpness, late=False))
-    arms["tree 3, sharpness 1"] = TreeDecoder(target, head, Tree(3, 1.0))
+    arms |= {f"tree {k}": TreeDecoder(target, head, Tree(k, sharpness)) for k in widths or WIDTHS}
+    if widths is None:
+        for gate in GATES:
+            arms[f"tree 4, gate {gate:g}"] = TreeDecoder(target, head, Tree(4, sharpness, gate=gate))
+        arms["tree 3, newest only"] = TreeDecoder(target, head, Tree(3, sharpness, late=False))
+        arms["tree 3, sharpness 1"] = TreeDecoder(target, head, Tree(3, 1.0))
     found: dict[str, list[Any]] = {name: [] for name in arms}
     different = 0
     prompts = prompts_of(200, 200 + count)
@@ -89,10 +93,22 @@ def measured(run: Path, count: int, temperature: float) -> dict[str, Any]:
                 "S": pooled.theoretical_speedup, "cycles": pooled.cycles, "cycle_cost": statistics.median(ratios),
                 "seconds": pooled.decode_seconds,
                 "widths": np.sum([one.widths or (one.cycles,) for one in generations], axis=0).tolist(),
+                "over_chain": speedup_interval(generations, found["chain"]),
             }
         )  # fmt: skip
     about = {"temperature": temperature, "sharpness": sharpness, "prompts": len(prompts), "different": different}
     return about | {"rows": rows}
+
+
+def speedup_interval(ours: list[Any], chain: list[Any], draws: int = 4000) -> tuple[float, float]:
+    """95 % interval of S over the chain's, over prompts drawn with replacement."""
+    counts = np.array([[(len(one.token_ids) - 1), one.cycles] for side in (ours, chain) for one in side], float)
+    both = counts.reshape(2, len(ours), 2)
+    drawn = np.random.default_rng(0).integers(0, len(ours), (draws, len(ours)))
+    tokens, cycles = np.moveaxis(both[:, drawn].sum(2), -1, 0)
+    speeds = tokens / cycles
+    low, high = np.quantile(speeds[0] / speeds[1], [0.025, 0.975])
+    return float(low), float(high)
 
 
 @torch.inference_mode()
@@ -144,12 +160,15 @@ def markdown(found: dict[str, Any]) -> str:
         ]
         for row in part["rows"]:
             low, high = row["interval"]
+            least, most = row.get("over_chain", (math.nan, math.nan))
+            over = f"{row['S'] / chain['S'] - 1:+.0%}"
+            over += f" ({least - 1:+.0%} to {most - 1:+.0%})" if row is not chain and least == least else ""
             rows, large = (_mean(row["widths"], costs) for costs in (range(1, 1 + len(layer)), layer.values()))
             charged = [row["S"] / cost for cost in (large, row["cycle_cost"])]
             prices = " | ".join(f"{S:.2f} ({S / chain['S'] - 1:+.0%})" for S in charged)
             lines.append(
                 f"| {row['name']} | {row['p']:.3f} | {low:.3f} - {high:.3f} | {row['S']:.2f} | "
-                f"{row['S'] / chain['S'] - 1:+.0%} | {rows:.2f} | {prices} |"
+                f"{over} | {rows:.2f} | {prices} |"
             )
         lines.append("")
     return "\n".join(lines).rstrip()
@@ -164,16 +183,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=ROOT / "runs" / "tiny", help="a finished run of the tiny recipe")
     parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument(
+        "--widths", type=int, nargs="+", help="trees of these and the chain alone, in a record of their own"
+    )
     parser.add_argument("--table", action="store_true", help="renew docs/quality.md from the record, measure nothing")
     options = parser.parse_args()
+    name = "tree" if options.widths is None else "tree_widths"
     if not options.table:
         if not options.run.is_dir():
             parser.error(f"--run {options.run}: expected the folder of a finished run of the tiny recipe")
         torch.set_num_threads(1)
-        parts = [measured(options.run, options.prompts, temperature) for temperature in (0.0, 1.0)]
-        write_record("tree", {"parts": parts, "layer_cost": layer_cost(WIDTHS)}, threads=1)
-    table = markdown(json.loads((RECORDS / "tree.json").read_text()))
-    renew_readme("tree", table, "docs/quality.md")
+        parts = [measured(options.run, options.prompts, temperature, options.widths) for temperature in (0.0, 1.0)]
+        write_record(name, {"parts": parts, "layer_cost": layer_cost(WIDTHS)}, threads=1)
+    table = markdown(json.loads((RECORDS / f"{name}.json").read_text()))
+    renew_readme(f"{name}:", table, "docs/quality.md")
     print(table)
     return 0
 
