@@ -1,8 +1,8 @@
 """Which levers raise acceptance: heads trained with one thing changed at a time, and what the real decoder accepts.
 
 Every run is `fit` on one target: the same conversations, tokens, stages, layers and anchors. Runs that are finished are
-kept and not run again, and a record keeps the rows of runs that are not here any more, so a study can be stopped,
-extended, and spread over days and machines.
+kept and not run again, and a record keeps what it knows of runs of the same words that are not here, so a study can be
+stopped, extended, and spread over days and machines.
 
     .venv/bin/python benchmarks/quality.py screen --jobs 2      runs what is missing, writes records/quality_screen.json
     .venv/bin/python benchmarks/quality.py final --jobs 2       the baseline and the finalists: three seeds, 200 prompts
@@ -21,7 +21,6 @@ import argparse
 import fnmatch
 import gzip
 import json
-import math
 import multiprocessing
 import os
 import shutil
@@ -141,10 +140,6 @@ MUON = {"model.optimizer": "muon"}
 
 LINEAR = {"model.schedule": "linear", "model.final_learning_rate": 0.0}
 DRAWS = {"model.restart_draws": 2}
-#: Lightning's own callback: the average is what is validated and exported.
-AVERAGED = {
-    "trainer.callbacks+": "lightning.pytorch.callbacks.EMAWeightAveraging", "trainer.callbacks.decay": 0.99,
-}  # fmt: skip
 DEEPER = _loss(kl=1.0, deeper_rows=0.3)
 WARM = {"model.head.kind": "target", "model.head.warm_start": "true"}
 
@@ -184,7 +179,6 @@ SCREEN = [
     _muon("best-draws2", NORM | LINEAR | DRAWS),
     _muon("best-draws2-deeper", NORM | LINEAR | DRAWS | DEEPER),
     _muon("best-rejected", NORM | LINEAR | DRAWS | {"model.restarts": "rejected"}),
-    _muon("best-ema0.99", NORM | LINEAR | AVERAGED),
     _muon("best-lmhead3e-4", NORM | LINEAR, lm_head=3e-4),
     _muon("best-lmhead1e-3", NORM | LINEAR, lm_head=1e-3),
 ]
@@ -235,7 +229,23 @@ def row_of(variant: Variant) -> dict[str, Any]:
         "p_T1": final[1.0]["acceptance"] if 1.0 in final else None,
         "S_T1": final[1.0]["theoretical_speedup"] if 1.0 in final else None,
         **{f"teacher_forced_{key}": last[f"val/teacher_forced_{key}"] for key in FORCED},
+        "judged": judged_of(variant),
     }  # fmt: skip
+
+
+def judged_of(variant: Variant) -> dict[str, Any]:
+    """By prompt set: counts of every prompt, written as accepted/verified/tokens/cycles, and acceptance by fill."""
+    path = variant.folder / "judged.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    return {
+        key: one | {"counts": " ".join("/".join(map(str, counts)) for counts in one["counts"])}
+        for key, one in known.items()
+    }
+
+
+def counts_of(judged: dict[str, Any]) -> np.ndarray:
+    """[prompts, 4] of what `judged_of` gives for a prompt set."""
+    return np.array([[int(count) for count in word.split("/")] for word in judged["counts"].split()])
 
 
 # -- more prompts for the heads of a final study -----------------------------------------------------------------------
@@ -322,35 +332,49 @@ def rejection_ratio(ours: np.ndarray, theirs: np.ndarray, draws: int = 4000) -> 
     return rejected(ours) / rejected(theirs), float(low), float(high)
 
 
-def judged_rows(study: list[Variant], baseline: str, known: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row per recipe, prompt set and temperature, over its finished seeds; a known one over more seeds stands."""
+def judged_rows(
+    rows: list[dict[str, Any]], stages: dict[str, int], baseline: str, earlier: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """One row per recipe, prompt set and temperature, over its seeds.
+
+    `earlier` are such rows of which the record holds no counts; they stand while they are over more seeds.
+    """
     found: dict[str, dict[str, list[Any]]] = {}
-    for variant in study:
-        path = variant.folder / "judged.json"
-        for key, one in (json.loads(path.read_text()) if path.exists() else {}).items():
-            found.setdefault(variant.name, {}).setdefault(key, []).append((variant, one))
-    rows = {(row["name"], row["set"]): row for row in known if any(row["name"] == v.name for v in study)}
+    for row in sorted(rows, key=lambda row: row["seed"]):
+        for key, judged in row.get("judged", {}).items():
+            found.setdefault(row["name"], {}).setdefault(key, []).append(judged)
+    judged = {(row["name"], row["set"]): row for row in earlier if row["name"] in stages and not row.get("counted")}
     for name, sets in found.items():
         for key, seeds in sets.items():
-            if (name, key) in rows and rows[name, key]["seeds"] > len(seeds):
+            if (name, key) in judged and judged[name, key]["seeds"] > len(seeds):
                 continue
-            variant, counts = seeds[0][0], np.array([one["counts"] for _, one in seeds])
-            row = {"name": name, "set": key, "seeds": len(seeds), "prompts": counts.shape[1], "n": variant.stages}
-            row |= pooled(counts, variant.stages)
-            row["p_by_seed"] = [pooled(one, variant.stages)["p"] for one in counts]
-            row["by_fill"] = seeds[0][1]["by_fill"]
-            if baseline in found and key in found[baseline]:
-                theirs = np.array([one["counts"] for _, one in found[baseline][key]])
-                row["ratio"] = rejection_ratio(counts, theirs)
-            rows[name, key] = row
-    return list(rows.values())
+            n, counts = stages[name], np.array([counts_of(one) for one in seeds])
+            row = {"name": name, "set": key, "seeds": len(seeds), "prompts": counts.shape[1], "n": n, "counted": True}
+            row |= pooled(counts, n)
+            row["p_by_seed"] = [pooled(one, n)["p"] for one in counts]
+            row["by_fill"] = seeds[0]["by_fill"]
+            if theirs := found.get(baseline, {}).get(key):
+                row["ratio"] = rejection_ratio(counts, np.array([counts_of(one) for one in theirs]))
+                row["baseline_seeds"] = len(theirs)
+            judged[name, key] = row
+    return list(judged.values())
 
 
-def recorded(study: str) -> dict[str, Any]:
-    """What the study's record holds already: its rows by name and seed, and the list of judged ones."""
-    path = RECORDS / f"quality_{study}.json"
-    record = json.loads(path.read_text()) if path.exists() else {"rows": []}
-    return {"rows": {(row["name"], row["seed"]): row for row in record["rows"]}, "judged": record.get("judged", [])}
+def known_rows(study: list[Variant], record: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row per variant that is finished here, or that the record has under the same words."""
+    recorded = {(row["name"], row["seed"]): row for row in record["rows"]}
+    rows = []
+    for variant in study:
+        row = recorded.get((variant.name, variant.seed))
+        if row is not None and row["words"] != variant.words()[1:]:
+            console.print(f"{variant.name} seed {variant.seed}: what the record has is of other words, and dropped")
+            row = None
+        if finished(variant):
+            ours = row_of(variant)
+            row = ours | {"judged": (row or {}).get("judged", {}) | ours["judged"]}
+        if row is not None:
+            rows.append(row)
+    return rows
 
 
 def chosen(study: list[Variant], only: str | None) -> Iterator[Variant]:
@@ -378,9 +402,9 @@ def main() -> int:
             with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as processes:
                 for line in processes.map(partial(judge, data=options.data), heads):
                     console.print(line)
-    known = recorded(options.study)
-    rows = [row_of(v) if finished(v) else known["rows"].get((v.name, v.seed)) for v in study]
-    rows = [row for row in rows if row]
+    path = RECORDS / f"quality_{options.study}.json"
+    record = json.loads(path.read_text()) if path.exists() else {"rows": []}
+    rows = known_rows(study, record)
     for row in sorted(rows, key=lambda row: -row["p"]):
         forced = " ".join(f"{key} {row[f'teacher_forced_{key}']:.4f}" for key in FORCED)
         reached = f"p {row['p']:.4f} S {row['S']:.2f} T1 {row['p_T1'] or 0:.4f}"
@@ -388,7 +412,8 @@ def main() -> int:
     if not options.list:
         found: dict[str, Any] = {"rows": rows}
         if baseline := BASELINES.get(options.study):
-            found["judged"] = judged_rows(study, baseline, known["judged"])
+            stages = {variant.name: variant.stages for variant in study}
+            found["judged"] = judged_rows(rows, stages, baseline, record.get("judged", []))
             table = judged_markdown(found["judged"], baseline)
         else:
             table = markdown(rows)
@@ -402,6 +427,7 @@ def judged_markdown(rows: list[dict[str, Any]], baseline: str) -> str:
     lines: list[str] = []
     for key in dict.fromkeys(row["set"] for row in rows):
         these = sorted((row for row in rows if row["set"] == key), key=lambda row: -row["p"])
+        most = max((row["seeds"] for row in these if row["name"] == baseline), default=0)
         lines += [
             f"{key}, {these[0]['prompts']} prompts x {NEW} tokens:",
             "",
@@ -410,9 +436,14 @@ def judged_markdown(rows: list[dict[str, Any]], baseline: str) -> str:
         ]
         for row in these:
             seeds = ", ".join(f"{p:.3f}" for p in row["p_by_seed"])
-            ratio, low, high = row.get("ratio", (math.nan,) * 3)
-            interval = "" if row["name"] == baseline else f"{low:.2f} - {high:.2f}"
-            values = f"{row['p']:.3f} ({seeds}) | {row['S']:.2f} | {ratio:.2f} | {interval}"
+            ratio, interval = "", ""
+            if "ratio" in row:
+                value, low, high = row["ratio"]
+                ratio = f"{value:.2f}"
+                interval = "" if row["name"] == baseline else f"{low:.2f} - {high:.2f}"
+                if row.get("baseline_seeds", most) != most:
+                    interval += f" (against {row['baseline_seeds']} seed)"
+            values = f"{row['p']:.3f} ({seeds}) | {row['S']:.2f} | {ratio} | {interval}"
             lines.append(f"| {row['name']} | {row['seeds']} | {values} |")
         lines.append("")
     return "\n".join(lines).rstrip()

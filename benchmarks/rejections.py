@@ -83,7 +83,7 @@ def verdicts(run: Path, prompts: list[list[int]], temperature: float) -> Iterato
                 "the token": "ends the text" if ids[at] in ends else kind_of(tokenizer.decode(ids[at])),
                 "the target's greatest probability": sureness(float(probabilities[index].max())),
                 "with the two before it": "stood there before" if repeats(ids, at) else "is new",
-                "its place among the new ones": f"{index // 16 * 16 + 1} to {index // 16 * 16 + 16}",
+                "its place among the drafted ones": f"{index // 16 * 16 + 1} to {index // 16 * 16 + 16}",
                 "drafted at fill": str(fills[index]),
             }
             yield Verdict(kept, int(ranks[index]), float(alphas[index]), classes)

@@ -191,18 +191,22 @@ def main() -> int:
     parser.add_argument("--costs", action="store_true", help="measure only what rows cost, keep the record's decoding")
     parser.add_argument("--table", action="store_true", help="renew docs/quality.md from the record, measure nothing")
     options = parser.parse_args()
-    name = "tree" if options.widths is None else "tree_widths"
+    name, mark = ("tree", "tree") if options.widths is None else ("tree_widths", "widths")
+    if unknown := set(options.widths or ()) - set(WIDTHS):
+        parser.error(f"--widths {min(unknown)}: expected some of {WIDTHS}, whose rows are priced")
+    torch.set_num_threads(1)
     if options.costs:
         known = json.loads((RECORDS / f"{name}.json").read_text())
-        write_record(name, {"parts": known["parts"], "decoded": known["argv"], "layer_cost": layer_cost(WIDTHS)}, 1)
+        about = ("argv", "date", "commit", "dirty", "versions", "machine")
+        decoded = known.get("decoded") or {field: known[field] for field in about}
+        write_record(name, {"parts": known["parts"], "decoded": decoded, "layer_cost": layer_cost(WIDTHS)}, 1)
     elif not options.table:
         if not options.run.is_dir():
             parser.error(f"--run {options.run}: expected the folder of a finished run of the tiny recipe")
-        torch.set_num_threads(1)
         parts = [measured(options.run, options.prompts, temperature, options.widths) for temperature in (0.0, 1.0)]
         write_record(name, {"parts": parts, "layer_cost": layer_cost(WIDTHS)}, threads=1)
     table = markdown(json.loads((RECORDS / f"{name}.json").read_text()))
-    renew_readme(f"{name}:", table, "docs/quality.md")
+    renew_readme(mark, table, "docs/quality.md")
     print(table)
     return 0
 

@@ -46,7 +46,9 @@ STRATEGIES = ("ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_
 
 def also(*values: Any) -> list[Any]:
     """Parameters that only `make test-all` draws."""
-    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+    return [
+        pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=pytest.mark.slow) for value in values
+    ]
 
 
 def some_strategies(*before: str, default: Sequence[str] = ("ddp", "deepspeed_stage_3")) -> list[Any]:

@@ -23,6 +23,7 @@ from parity.test_sampling import (
     p_value,
     sample,
 )
+from scale_runs import also
 
 from spd_lightning.decoding.decoder import SpdDecoder
 from spd_lightning.target.cache import RecurrentLayer
@@ -34,9 +35,9 @@ SMALL_WINDOW = 3
 
 # family, drafter, settings
 QUICK = [
-    pytest.param("qwen3_5_text", "far", "warm", marks=pytest.mark.slow),
-    pytest.param("gemma3_text", "far", "plain", marks=pytest.mark.slow),
-    pytest.param("qwen3_moe", "far", "top-k and top-p", marks=pytest.mark.slow),
+    ("qwen3_5_text", "far", "warm"),
+    ("gemma3_text", "far", "plain"),
+    ("qwen3_moe", "far", "top-k and top-p"),
 ]
 LONG = [
     ("qwen3_5_text", "far", "plain"),
@@ -71,7 +72,7 @@ def check_joint_distribution(
     return p
 
 
-@pytest.mark.parametrize(("family", "kind", "name"), QUICK)
+@pytest.mark.parametrize(("family", "kind", "name"), [QUICK[0], *also(*QUICK[1:])])
 def test_three_sampled_tokens_follow_the_targets_joint_law(
     make_target: Callable[..., Target], family: str, kind: str, name: str, record_property: Any
 ) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scale_runs import also
 from scipy import stats
 from torch import Tensor
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
@@ -171,9 +172,9 @@ def sample(
 # drafter, settings, stages
 QUICK = [
     ("far", "plain", 2),
-    pytest.param("equal", "top-p", 3, marks=pytest.mark.slow),
+    ("equal", "top-p", 3),
     ("head with draft vocabulary", "warm", 2),
-    pytest.param("head", "top-k and top-p", 2, marks=pytest.mark.slow),
+    ("head", "top-k and top-p", 2),
 ]
 LONG = [
     ("far", "plain", 3),
@@ -200,7 +201,7 @@ def check_joint_distribution(
         assert 0.02 < acceptance < 0.98
 
 
-@pytest.mark.parametrize(("kind", "name", "num_stages"), QUICK)
+@pytest.mark.parametrize(("kind", "name", "num_stages"), [*QUICK[::2], *also(*QUICK[1::2])])
 def test_three_sampled_tokens_follow_the_targets_joint_law(
     make_target: Callable[..., Target], kind: str, name: str, num_stages: int
 ) -> None:

@@ -87,12 +87,21 @@ def fit(module: SpdModule, samples: Sequence[Sample], batch_size: int, **options
 # -- loss ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"loss": Loss(deeper_rows=0.3)}, {"restarts": "published"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"loss": Loss(deeper_rows=0.3)}, {"restarts": "published"}, {"restarts": "rejected"}],
+    ids=str,
+)
 def test_the_loss_of_several_draws_is_their_mean(make_module: Callable[..., SpdModule], options: dict) -> None:
     """Value, gradients and statistics; in validation there is one draw."""
     batch, seen = padded(random_samples(5, 6)), []
-    several, single = make_module(restart_draws=3, **options), make_module(**options)
-    draws = [single.entry_cycles(batch, draw) for draw in range(3)]
+    several = make_module(restart_draws=3, **options)
+    single = make_module(**{name: value for name, value in options.items() if value != "rejected"})
+    draws: list[Tensor] = []
+    with pytest.MonkeyPatch.context() as patch:
+        drawn = several.entry_cycles
+        patch.setattr(several, "entry_cycles", lambda *about: draws.append(drawn(*about)) or draws[-1])
+        several.loss(batch, statistics=False)
     for entries in draws:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(single, "entry_cycles", lambda *_, entries=entries: entries)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,8 +17,7 @@ from spd_lightning.data.chat import Sample
 from spd_lightning.errors import InputError
 from spd_lightning.head.layout import StaircaseLayout
 from spd_lightning.staircase import entry_cycles
-from spd_lightning.training.losses import draft_terms
-from spd_lightning.training.module import SpdModule
+from spd_lightning.training.module import HeadOptions, SpdModule
 
 
 def gaps(module: SpdModule, samples: Sequence[Sample], epoch: int = 0) -> dict[int, list[int]]:
@@ -98,13 +99,24 @@ def test_every_draw_of_restarts_is_another_one(make_module: Callable[..., SpdMod
     assert not torch.equal(first, second) and not torch.equal(second, third)
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("seed", range(3))
-def test_a_draft_of_the_draw_before_restarts_as_often_as_it_would_be_rejected(
-    make_module: Callable[..., SpdModule], monkeypatch: pytest.MonkeyPatch, seed: int, packed: bool
+@pytest.mark.parametrize("vocabulary", [None, range(0, 300, 2)], ids=["whole", "half"])
+@pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
+@pytest.mark.parametrize("seed", range(2))
+def test_each_draw_restarts_where_drafts_of_the_one_before_are_rejected(
+    make_module: Callable[..., SpdModule],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    seed: int,
+    packed: bool,
+    vocabulary: range | None,
 ) -> None:
-    """Chances are those of the readable form; what is drawn from them is where the next draw restarts."""
-    module, samples = make_module(restarts="rejected", restart_draws=2, restart_rate=0.4), random_samples(4, seed)
+    """With a chance of 1 - min(1, Q(x) / P(x)) before a drafted token x, Q at the layout of the draw before."""
+    options = HeadOptions()
+    if vocabulary is not None:
+        (tmp_path / "vocabulary.json").write_text(json.dumps({"token_ids": list(vocabulary)}))
+        options = HeadOptions(draft_vocabulary=str(tmp_path / "vocabulary.json"))
+    module = make_module(restarts="rejected", restart_draws=3, restart_rate=0.4, head=options)
+    samples = random_samples(4, seed)
     batch = collate([samples[:2], samples[2:]], share=Share.of(samples)) if packed else padded(samples)
     target, head = module.parts()
     asked: list[tuple[torch.Tensor | None, torch.Tensor]] = []
@@ -116,21 +128,44 @@ def test_a_draft_of_the_draw_before_restarts_as_often_as_it_would_be_rejected(
 
     monkeypatch.setattr(module, "entry_cycles", entry_cycles)
     module.loss(batch, statistics=False)
-    (before, first), (rates, second) = asked
-    assert before is None and torch.equal(first, original(batch, 0)) and rates is not None
+    (none, first), *others = asked
+    assert none is None and torch.equal(first, original(batch, 0)) and len(others) == 2
     documents, positions = (batch["documents"], position_ids(batch)) if packed else (None, None)
     states, last = target(batch["input_ids"], head.config.anchors, positions, documents)
-    with torch.no_grad():
-        drafted = head.logits(head(states, StaircaseLayout(head.staircase, first, documents), positions))
-        select = supervised_positions(batch)
-        overlaps = 1 - draft_terms(drafted[select], target.logits(last[select]), head.draft_token_ids)["tv"]
-    expected = torch.full(select.shape, 0.4)
-    for (row, at), alpha in zip(select.nonzero().tolist(), overlaps.tolist(), strict=True):
-        expected[row, at + 1] = 1 - alpha
-    assert torch.allclose(rates, expected, atol=1e-5)
-    always, never = (original(batch, 1, torch.full(rates.shape, share)) for share in (1.0, 0.0))
-    assert not torch.equal(second, always) and not torch.equal(second, never)
-    assert torch.equal(second, original(batch, 1, rates)), "drawn by seed, epoch, sample and draw alone"
+    before = first
+    for draw, (rates, entries) in enumerate(others, 1):
+        assert rates is not None
+        with torch.no_grad():
+            layout = StaircaseLayout(head.staircase, before, documents)
+            P = target.logits(last).softmax(-1)
+            Q = torch.zeros_like(P)
+            Q[..., list(vocabulary or range(300))] = head.logits(head(states, layout, positions)).softmax(-1)
+        expected = torch.full(rates.shape, 0.4)
+        for row, at in supervised_positions(batch).nonzero().tolist():
+            token = batch["input_ids"][row, at + 1]
+            expected[row, at + 1] = 1 - min(1.0, float(Q[row, at, token] / P[row, at, token]))
+        torch.testing.assert_close(rates, expected, rtol=0, atol=1e-5)
+        assert torch.equal(entries, original(batch, draw, rates)) and not torch.equal(entries, before)
+        before = entries
+
+
+def test_tokens_restart_as_often_as_their_rates_say(make_module: Callable[..., SpdModule]) -> None:
+    module = make_module()
+    samples = [Sample(i, np.ones(200, np.int32), ((5, 200),)) for i in range(60)]
+    batch = padded(samples)
+    rates = torch.rand(batch["input_ids"].shape, generator=torch.Generator().manual_seed(0))
+    restarts = module.entry_cycles(batch, 1, rates)[:, 6:].diff() == 4
+    for low in (0.0, 0.25, 0.5, 0.75):
+        band = (rates[:, 7:] >= low) & (rates[:, 7:] < low + 0.25)
+        assert restarts[band].float().mean() == pytest.approx(float(rates[:, 7:][band].mean()), abs=0.04)
+
+
+def test_validation_asks_nothing_of_drafts(
+    make_module: Callable[..., SpdModule], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = make_module(restarts="rejected", restart_draws=2).eval()
+    monkeypatch.setattr(module, "_verdicts", lambda *unused: pytest.fail("nobody reads them"))
+    module.loss(padded(random_samples(3, 0)), statistics=True)
 
 
 def test_rejected_drafts_need_a_draw_before_them(make_module: Callable[..., SpdModule]) -> None:

@@ -84,6 +84,29 @@ class Loss:
 TERMS = ("kl", "reverse_kl", "ce", "tv", "lk", "lk_hybrid")
 
 
+class Verdicts:
+    """What became of drafts at temperature 1, given the tokens that came: `kept` [P], min(1, Q(x) / P(x)).
+
+    Speculative sampling emits x as an accepted draft with probability min(P, Q)(x) and as a correction with the rest of
+    P(x) (Leviathan et al., 2211.17192), so a token x came after a flush with probability 1 - kept.
+
+    Args:
+        columns: [P], the tokens that came, as columns of the draft's logits; -1 where the draft vocabulary lacks one.
+        tokens: [P], their ids.
+    """
+
+    def __init__(self, columns: Tensor, tokens: Tensor) -> None:
+        self.columns, self.tokens = columns, tokens
+        self.kept = torch.zeros(tokens.shape, dtype=torch.float32, device=tokens.device)
+
+    def fill(self, here: slice, log_q: Tensor, teacher: Tensor) -> None:
+        """Positions `here`, from [C, V_d] log Q and the target's [C, V] logits."""
+        columns = self.columns[here]
+        log_p = teacher.log_softmax(-1).gather(-1, self.tokens[here, None])[:, 0]
+        ratio = (log_q.gather(-1, columns.clamp(min=0)[:, None])[:, 0] - log_p).exp().clamp(max=1)
+        self.kept[here] = torch.where(columns >= 0, ratio, 0.0).float()
+
+
 def draft_kl(draft_logits: Tensor, target_logits: Tensor, draft_ids: Tensor | None) -> Tensor:
     """KL(p || Q) per position: [P, V_d], [P, V] -> [P], in float32 or better."""
     return draft_terms(draft_logits, target_logits, draft_ids)["kl"]
@@ -135,7 +158,7 @@ def chunked_draft_loss(
     statistics: bool = True,
     softcap: float | None = None,
     options: Loss = Loss(),  # noqa: B008 (frozen)
-    alphas: Tensor | None = None,
+    verdicts: Verdicts | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sum of `draft_loss` over all positions, a chunk at a time.
 
@@ -151,7 +174,7 @@ def chunked_draft_loss(
         statistics: also fill the statistics table (sorting costs time, so training asks for it now and then).
         softcap: c, where draft logits are c tanh(logits / c).
         options: what is minimised.
-        alphas: [P], receives the chance of every draft to be accepted at temperature 1.
+        verdicts: asks for the chances of the tokens that came to have been drafted.
 
     Returns:
         The summed loss (scalar, differentiable), and statistics [n + 1, len(COLUMNS)] in float64, one row per fill;
@@ -160,7 +183,7 @@ def chunked_draft_loss(
     table = torch.zeros(num_stages + 1, len(COLUMNS), dtype=torch.float64, device=hidden.device)
     loss = _ChunkedLoss.apply(
         hidden, lm_head, target_hidden, target_logits, draft_ids, fills, chunk, table, statistics, softcap, options,
-        alphas,
+        verdicts,
     )  # fmt: skip
     return loss, table
 
@@ -180,7 +203,7 @@ class _ChunkedLoss(torch.autograd.Function):
         statistics: bool,
         softcap: float | None,
         options: Loss,
-        alphas: Tensor | None,
+        verdicts: Verdicts | None,
     ) -> Tensor:
         kind = hidden.device.type
         compute = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
@@ -204,8 +227,8 @@ class _ChunkedLoss(torch.autograd.Function):
                 log_q = logits.log_softmax(-1)
                 kl, value, grad = _value_and_gradient(log_q, teacher, draft_ids, options, grad_hidden is not None)
                 total += value.sum()
-                if alphas is not None:
-                    alphas[here] = overlap(log_q, teacher, draft_ids)
+                if verdicts is not None:
+                    verdicts.fill(here, log_q, teacher)
                 _tabulate(table, fills[here], {"kl": kl, "loss": value}, log_q, teacher, draft_ids, statistics)
                 if grad is not None and grad_hidden is not None and grad_weight is not None:
                     if squeezed is not None:
@@ -293,23 +316,18 @@ def _tabulate(
         best = log_q.topk(min(4, log_q.shape[-1]), dim=-1).indices
         proposals = best if draft_ids is None else draft_ids[best]
         hits = proposals == wanted[:, None]
+        p = teacher.softmax(-1)
+        p = p if draft_ids is None else p[:, draft_ids]
         outside = torch.zeros_like(hits[:, 0]) if draft_ids is None else ~torch.isin(wanted, draft_ids)
         columns |= {
             "top1": hits[:, 0],
             "hit2": hits[:, :2].any(-1),
             "hit4": hits.any(-1),
-            "alpha": overlap(log_q, teacher, draft_ids),
+            "alpha": torch.minimum(p, log_q.exp()).sum(-1),
             "miss": outside,
         }
     values = torch.stack([columns.get(name, torch.zeros_like(kl)).to(table.dtype) for name in COLUMNS], dim=-1)
     table.index_add_(0, fills, values)
-
-
-@torch.no_grad()
-def overlap(log_q: Tensor, teacher: Tensor, draft_ids: Tensor | None) -> Tensor:
-    """alpha = sum min(P, Q): [C, V_d], logits [C, V] -> [C]; P over the full vocabulary, Q = 0 outside its own."""
-    P = teacher.softmax(-1)
-    return torch.minimum(P if draft_ids is None else P[:, draft_ids], log_q.exp()).sum(-1)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from spd_lightning.target.families import packing_refusal
 from spd_lightning.target.gathering import gathered
 from spd_lightning.target.loading import Loading, check_target, load_target, shapes_of_target
 from spd_lightning.target.target import Target
-from spd_lightning.training.losses import Loss, chunked_draft_loss
+from spd_lightning.training.losses import Loss, Verdicts, chunked_draft_loss
 from spd_lightning.training.metrics import DraftStatistics, by_fill
 from spd_lightning.training.optimizers import BETAS, MuonAdamW, scheduled
 from spd_lightning.training.resuming import check_weights, rescale_progress, trained_groups
@@ -77,10 +77,10 @@ class SpdModule(L.LightningModule):
         head: what head is trained.
         loss: what is minimised.
         restarts: where training sequences restart. drawn: token by token at restart_rate, so that fills come as often
-            as in decoding. rejected: so in the first of several restart_draws; in every other one where the drafts of
-            the draw before are rejected, each with the chance 1 - alpha that it has at temperature 1. published: as
-            the method's authors train, half of the sequences saturated, in the other half all fills from 1 to n
-            equally often. Validation draws them in any case.
+            as in decoding. rejected: so in the first of several restart_draws; in each further one with the chance
+            that the token came after a rejected draft of the draw before, at temperature 1. published: as the
+            method's authors train, half of the sequences saturated, in the other half all fills from 1 to n equally
+            often. Validation draws them in any case.
         restart_rate: probability that a training token starts after a flush, 1 - p of the decoder it is meant for.
         restart_draws: how often a step draws restarts: the target passes over a batch once, the head trains on the
             same features with every draw of fills. Compute and memory of the head grow with it.
@@ -353,12 +353,14 @@ class SpdModule(L.LightningModule):
         states, last = target(batch["input_ids"], head.config.anchors, positions, documents)
         states = [state.to(head.dtype) for state in states]
         select = supervised_positions(batch)
+        draws = self.settings.restart_draws if self.training else 1
         parts, rates = [], None
-        for draw in range(self.settings.restart_draws if self.training else 1):
+        for draw in range(draws):
             layout = StaircaseLayout(head.staircase, self.entry_cycles(batch, draw, rates), documents)
-            *part, alphas = self._loss_of_rows(states, last[select], layout, positions, select, statistics)
-            parts.append(part)
-            rates = self._rejection_rates(select, alphas) if self.settings.restarts == "rejected" else None
+            asked = self.settings.restarts == "rejected" and draw + 1 < draws
+            verdicts = self._verdicts(batch, select) if asked else None
+            parts.append(self._loss_of_rows(states, last[select], layout, positions, select, statistics, verdicts))
+            rates = None if verdicts is None else self._rejection_rates(select, verdicts)
         total, table = (torch.stack(values).mean(0) for values in zip(*parts, strict=True))
         return total / batch["supervised"].clamp(min=1).to(total.dtype), table
 
@@ -370,10 +372,10 @@ class SpdModule(L.LightningModule):
         positions: Tensor | None,
         select: Tensor,
         statistics: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Sum of the loss over the selected positions, its statistics table, and their alphas, at a layout's fills."""
+        verdicts: Verdicts | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Sum of the loss over the selected positions, and its statistics table, at the fills of a layout."""
         target, head = self.parts()
-        alphas = last.new_ones(len(last), dtype=torch.float32)
         # a head with one block has no deeper rows
         deeper = self.loss_options.deeper_rows if len(head.staircase.reachable_blocks) > 1 else 0.0
         hidden = head(states, layout, positions, select, all_rows=deeper > 0)
@@ -388,8 +390,7 @@ class SpdModule(L.LightningModule):
             options=self.loss_options,
         )
         fills = layout.fills()[select]
-        wanted = alphas if self.settings.restarts == "rejected" else None
-        here = partial(loss, target_hidden=last, fills=fills, statistics=statistics, alphas=wanted)
+        here = partial(loss, target_hidden=last, fills=fills, statistics=statistics, verdicts=verdicts)
         with gathered(target.norm, target.lm_head):  # chunks differ in number from rank to rank
             total, table = head.lm_head(head.norm(drafting), here)
             if deeper:
@@ -402,22 +403,31 @@ class SpdModule(L.LightningModule):
                 )
                 more, _ = head.lm_head(head.norm(rows.flatten(0, 1)), again)
                 total = total + deeper * more / rows.shape[1]
-        return total, table, alphas
+        return total, table
 
-    def _rejection_rates(self, select: Tensor, alphas: Tensor) -> Tensor:
-        """[B, S]: the chance that a token comes after a flush: 1 - alpha where it was drafted, else restart_rate."""
-        rates = alphas.new_full(select.shape, self.settings.restart_rate)
-        drafted = select.roll(1, 1)  # a draft is made at the position before; at the last one there is none
-        rates[drafted] = 1 - alphas
+    def _verdicts(self, batch: Batch, select: Tensor) -> Verdicts:
+        """What to ask of the drafts that are made at the selected positions: each is of the token after it."""
+        target, head = self.parts()
+        tokens = batch["input_ids"].roll(-1, 1)[select]
+        if head.draft_token_ids is None:
+            return Verdicts(tokens, tokens)
+        columns = torch.full((target.vocab_size,), -1, device=tokens.device)
+        columns[head.draft_token_ids] = torch.arange(len(head.draft_token_ids), device=tokens.device)
+        return Verdicts(columns[tokens], tokens)
+
+    def _rejection_rates(self, select: Tensor, verdicts: Verdicts) -> Tensor:
+        """[B, S]: the chance that a token comes after a flush; restart_rate where none was drafted."""
+        rates = verdicts.kept.new_full(select.shape, self.settings.restart_rate)
+        rates[select.roll(1, 1)] = 1 - verdicts.kept  # the draft is made a position before; at the last one is none
         return rates
 
     def entry_cycles(self, batch: Batch, draw: int = 0, rates: Tensor | None = None) -> Tensor:
         """[B, S]: gap n at each assistant turn's first token and at drawn restarts, else 1.
 
         `rates` [B, S] are chances of a restart by position, instead of restart_rate everywhere. What is drawn is a
-        function of them and of (seed, epoch, sample, draw), so a resumed run or another number of ranks repeats it. In
-        validation restarts are always drawn at restart_rate: what is judged is the decoder's work, and the metrics of
-        two ways to train mean the same.
+        function of them and of (seed, epoch, sample, draw), so a resumed run repeats it, and without `rates` another
+        number of ranks, too. In validation restarts are always drawn at restart_rate: what is judged is the decoder's
+        work, and the metrics of two ways to train mean the same.
         """
         _, head = self.parts()
         epoch = int(batch["epoch"])
