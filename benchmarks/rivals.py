@@ -13,7 +13,8 @@ rival is replayed on it, position by position. Greedy: a draft is kept iff it is
 text is a sample of the target, and given its token y a drafter had drawn and kept it with chance min(1, Q(y) / P(y)).
 
     .venv/bin/python benchmarks/rivals.py train chain        one of: chain, exit1, exit2, exit4
-    .venv/bin/python benchmarks/rivals.py compare            replays all of them, writes records/rivals.json
+    .venv/bin/python benchmarks/rivals.py compare --run RUN  replays all of them beside SPD's, writes records/rivals.json
+    .venv/bin/python benchmarks/rivals.py table              renews docs/quality.md from the record
 """
 
 from __future__ import annotations
@@ -399,18 +400,18 @@ def markdown(found: dict[str, Any]) -> str:
     lines = []
     for temperature in (0.0, 1.0):
         rows = [row for row in found["rows"] if row["temperature"] == temperature]
-        best: dict[str, dict[str, Any]] = {}
-        for row in rows:
-            key = row["name"]
-            if key not in best or row.get("S_charged", row["S"]) > best[key].get("S_charged", best[key]["S"]):
-                best[key] = row
+        shown: dict[tuple[str, int], dict[str, Any]] = {}
+        for measure in ("S_charged", "S"):  # a chain's best length by either
+            for name in dict.fromkeys(row["name"] for row in rows):
+                best = max((row for row in rows if row["name"] == name), key=lambda row: row.get(measure, row["S"]))
+                shown[name, best.get("drafts", 0)] = best
         lines += [
             f"Temperature {temperature:g}, {found['prompts']} held-out prompts x {found['new']} tokens, n = 8.",
             "",
             "| drafter | drafts kept | tokens per target pass, drafting free | drafting charged |",
             "|---|---|---|---|",
         ]
-        for row in sorted(best.values(), key=lambda row: -row.get("S_charged", row["S"])):
+        for row in sorted(shown.values(), key=lambda row: -row.get("S_charged", row["S"])):
             name = f"{row['name']} of {row['drafts']}" if "drafts" in row else row["name"]
             kept = f"{row['p']:.3f}" if "p" in row else ""
             lines.append(f"| {name} | {kept} | {row['S']:.2f} | {row.get('S_charged', row['S']):.2f} |")
@@ -420,7 +421,7 @@ def markdown(found: dict[str, Any]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("work", choices=("train", "compare"))
+    parser.add_argument("work", choices=("train", "compare", "table"))
     parser.add_argument("name", nargs="?", choices=NAMES)
     parser.add_argument("--learning-rate", type=float, default=SETTINGS["learning_rate"], help="peak, of Muon")
     parser.add_argument("--batch", type=int, default=4)
@@ -436,9 +437,10 @@ def main() -> int:
         settings = SETTINGS | {"learning_rate": options.learning_rate}
         train(options.name, settings, options.batch, options.rows, RUNS / (options.folder or options.name))
         return 0
-    if options.run is None or not options.run.is_dir():
-        parser.error(f"compare --run {options.run}: expected the folder of a finished run of the tiny recipe")
-    write_record("rivals", compare(options.run, options.prompts), threads=1)
+    if options.work == "compare":
+        if options.run is None or not options.run.is_dir():
+            parser.error(f"compare --run {options.run}: expected the folder of a finished run of the tiny recipe")
+        write_record("rivals", compare(options.run, options.prompts), threads=1)
     found = json.loads((RECORDS / "rivals.json").read_text())
     renew_readme("rivals", markdown(found), "docs/quality.md")
     print(markdown(found))
