@@ -13,7 +13,7 @@ rival is replayed on it, position by position. Greedy: a draft is kept iff it is
 text is a sample of the target, and given its token y a drafter had drawn and kept it with chance min(1, Q(y) / P(y)).
 
     .venv/bin/python benchmarks/rivals.py train chain        one of: chain, exit1, exit2, exit4
-    .venv/bin/python benchmarks/rivals.py compare --run RUN  replays all of them beside SPD's, writes records/rivals.json
+    .venv/bin/python benchmarks/rivals.py compare --run RUN  replays all beside SPD's, writes records/rivals.json
     .venv/bin/python benchmarks/rivals.py table              renews docs/quality.md from the record
 """
 
