@@ -6,6 +6,7 @@ no host name and no path, so that records of different machines can lie side by 
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -13,7 +14,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -22,6 +24,7 @@ from typing import Any
 
 from rich.console import Console
 
+from spd_lightning.errors import InputError
 from spd_lightning.export.background import without_paths
 from spd_lightning.memory.resident import resident
 
@@ -103,6 +106,22 @@ def peak_above_start(run: Callable[[], object]) -> float:
     start = resident("VmRSS")
     run()
     return (resident("VmHWM") - start) / MIB
+
+
+def run_folder(text: str) -> Path:
+    """The type of a --run argument."""
+    if not (Path(text) / "head").is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: expected the folder of a finished run, with head/ in it")
+    return Path(text)
+
+
+@contextmanager
+def told_by(parser: argparse.ArgumentParser) -> Iterator[None]:
+    """Bad input ends the script in the parser's one line."""
+    try:
+        yield
+    except InputError as error:
+        parser.error(str(error))
 
 
 def write_record(name: str, results: Mapping[str, Any], threads: int, folder: Path = RECORDS) -> Path:

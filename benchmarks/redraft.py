@@ -29,7 +29,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch  # noqa: E402
-from common import RECORDS, renew_readme, write_record  # noqa: E402
+from common import RECORDS, renew_readme, run_folder, told_by, write_record  # noqa: E402
 from tree import NEW, prompts_of  # noqa: E402
 
 from spd_lightning.decoding.decoder import SpdDecoder  # noqa: E402
@@ -147,11 +147,12 @@ def markdown(found: dict[str, Any]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, required=True, help="a finished run on the tiny target")
+    parser.add_argument("--run", type=run_folder, required=True, help="a finished run on the tiny target")
     parser.add_argument("--prompts", type=int, default=200)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    generations, depths, n = rows_of(options.run, prompts_of(200, 200 + options.prompts))
+    with told_by(parser):
+        generations, depths, n = rows_of(options.run, prompts_of(200, 200 + options.prompts))
     half = len(generations) // 2
     deeper = len(depths) - 1
     chosen = fitted(generations[:half], depths, n)

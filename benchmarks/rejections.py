@@ -21,7 +21,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch  # noqa: E402
-from common import RECORDS, console, renew_readme, write_record  # noqa: E402
+from common import RECORDS, console, renew_readme, run_folder, told_by, write_record  # noqa: E402
 from tree import NEW, prompts_of  # noqa: E402
 
 from spd_lightning.decoding.decoder import SpdDecoder  # noqa: E402
@@ -131,13 +131,14 @@ def markdown(found: dict[str, Any]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, required=True, help="a finished run on the tiny target")
+    parser.add_argument("--run", type=run_folder, required=True, help="a finished run on the tiny target")
     parser.add_argument("--prompts", type=int, default=100)
     options = parser.parse_args()
     torch.set_num_threads(1)
     prompts, rows = prompts_of(200, 200 + options.prompts), {}
     for temperature in (0.0, 1.0):
-        rows[f"{temperature:g}"] = counted(list(verdicts(options.run, prompts, temperature)))
+        with told_by(parser):
+            rows[f"{temperature:g}"] = counted(list(verdicts(options.run, prompts, temperature)))
         console.print(f"temperature {temperature:g} done")
     write_record("rejections", {"prompts": options.prompts, "rows": rows}, threads=1)
     table = markdown(json.loads((RECORDS / "rejections.json").read_text()))
