@@ -53,8 +53,8 @@ PLAIN = {
 }  # fmt: skip
 FORCED = ("kl", "top1", "hit2", "hit4", "alpha")
 ROWS = 4480  # conversations of a run: half of the corpus, 0.54 M tokens
-GREEDY, SAMPLED, SAMPLED_2 = (f"runs/{name}/train.jsonl" for name in (
-    "regenerated", "regenerated_parts/sampled", "regenerated_parts/sampled2"
+GREEDY, SAMPLED, SAMPLED_2, SHORT = (f"runs/{name}/train.jsonl" for name in (
+    "regenerated", "regenerated_parts/sampled", "regenerated_parts/sampled2", "regenerated_parts/short"
 ))  # fmt: skip
 #: Who wrote the assistant's turns: files, and conversations that make as many tokens as `ROWS` original ones. The
 #: target wrote them by `data regenerate CORPUS --target tiny --max-new-tokens 200 --temperature T --out FOLDER`: all at
@@ -181,6 +181,8 @@ SCREEN = [
     _muon("best-rejected", NORM | LINEAR | DRAWS | {"model.restarts": "rejected"}),
     _muon("best-lmhead3e-4", NORM | LINEAR, lm_head=3e-4),
     _muon("best-lmhead1e-3", NORM | LINEAR, lm_head=1e-3),
+    *(_muon("best", NORM | LINEAR, lr=lr) for lr in (4e-3, 1e-2)),
+    _muon("best-tv", NORM | LINEAR | _loss(kl=1.0, tv=1.0)),
 ]
 
 
