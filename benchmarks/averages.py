@@ -2,8 +2,8 @@
 
 The best recipe of quality.py is trained twice, with its learning rate falling to zero and with a constant one. A
 callback keeps the head's averages at several decays meanwhile; none of them touches the training. At the end each
-average, and the head itself, gives the held-out loss of the training view and what the real decoder accepts (200
-held-out prompts x 64 tokens, greedy, the prompts of quality.py's finalists).
+average, and the head itself, gives the held-out loss of the training view; the head and the best average also what the
+real decoder accepts (200 held-out prompts x 64 tokens, greedy, the prompts of quality.py's finalists).
 
     .venv/bin/python benchmarks/averages.py      trains into runs/averages, writes records/averages.json, renews
                                                  docs/quality.md
@@ -99,14 +99,19 @@ def train(name: str, fields: dict[str, Any]) -> Path:
 @torch.inference_mode()
 def measured(folder: Path) -> list[dict[str, Any]]:
     target = load_target("tiny")
-    rows = []
-    for name, (weights, forced) in torch.load(folder / FILE).items():
+    rows: list[dict[str, Any]] = []
+    kept = torch.load(folder / FILE)
+    best = min(kept.keys() - {"last"}, key=lambda name: kept[name][1]["kl"])
+    for name, (weights, forced) in kept.items():
+        rows.append({"average": name, "kl": forced["kl"], "alpha": forced["alpha"]})
+        if name not in ("last", best):
+            continue
         head = load_head(folder, target)
         head.load_state_dict(weights, strict=False)
         decoder = SpdDecoder(target, head)
         made = [decoder.generate(ids, NEW) for ids in prompts_of(BEST, None)["held-out"]]
         counts = np.array([[g.drafts_accepted, g.drafts_verified, len(g.token_ids), g.cycles] for g in made])
-        rows.append({"average": name, "kl": forced["kl"], "alpha": forced["alpha"], **pooled(counts, BEST.stages)})
+        rows[-1] |= pooled(counts, BEST.stages)
         console.print(json.dumps(rows[-1]))
     return rows
 
@@ -120,7 +125,8 @@ def main() -> int:
     for rate, rows in found.items():
         for row in rows:
             name = "the last ones" if row["average"] == "last" else f"average, decay {row['average']}"
-            lines.append(f"| {rate} | {name} | {row['kl']:.4f} | {row['alpha']:.3f} | {row['p']:.3f} |")
+            accepted = f"{row['p']:.3f}" if "p" in row else ""
+            lines.append(f"| {rate} | {name} | {row['kl']:.4f} | {row['alpha']:.3f} | {accepted} |")
     renew_readme("averages", "\n".join(lines), "docs/quality.md")
     return 0
 
