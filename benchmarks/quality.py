@@ -58,12 +58,14 @@ GREEDY, SAMPLED, SAMPLED_2, SHORT = (f"runs/{name}/train.jsonl" for name in (
 ))  # fmt: skip
 #: Who wrote the assistant's turns: files, and conversations that make as many tokens as `ROWS` original ones. The
 #: target wrote them by `data regenerate CORPUS --target tiny --max-new-tokens 200 --temperature T --out FOLDER`: all at
-#: T = 0, 1,600 and 2,800 random others at T = 1.
+#: T = 0, 1,600 and 2,800 random others at T = 1; and all at T = 1 with `--max-new-tokens 64`, as long as decoding goes.
 RESPONSES: dict[str, tuple[list[str], int]] = {
     "original": ([], ROWS),
     "greedy": ([GREEDY], 2620),
     "sampled": ([SAMPLED, SAMPLED_2], 4336),
     "mixed": ([f"{GREEDY},weight=0.19", SAMPLED], 3248),
+    "short": ([SHORT], 7312),
+    "half-short": (["documentation:train,weight=0.25", f"{SHORT},weight=0.41"], 5900),
 }
 
 
@@ -493,6 +495,7 @@ FINAL = [
     replace(BEST, name="best-regenerated", responses="mixed"),
     *_seeds(replace(BEST, name="best-greedy", responses="greedy", judged=(0.0,))),
     *_seeds(replace(BEST_DRAWS, name="best-draws2-sampled", responses="sampled", judged=(1.0,))),
+    *(replace(BEST, name=f"best-{kind}", responses=kind, judged=(1.0,)) for kind in ("short", "half-short")),
 ]
 OTHER = [
     replace(variant, name=f"second-{variant.name}", corpus=SECOND)
