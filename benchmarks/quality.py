@@ -8,6 +8,7 @@ stopped, extended, and spread over days and machines.
     .venv/bin/python benchmarks/quality.py final --jobs 2       the baseline and the finalists: three seeds, 200 prompts
     .venv/bin/python benchmarks/quality.py second --jobs 2      the same on the target of second_target.py
     .venv/bin/python benchmarks/quality.py four --jobs 2        the same with four stages
+    .venv/bin/python benchmarks/quality.py long --jobs 2        the same with four times the tokens
     .venv/bin/python benchmarks/quality.py screen --only "*ce*" --list
 
 A screening run is judged by its own final evaluation (60 prompts, greedy). The heads of the other studies decode more
@@ -89,6 +90,7 @@ class Variant:
     responses: str = "original"
     judged: tuple[float, ...] = (0.0, 1.0)
     stages: int = 8
+    times: int = 1  # the tokens of the other studies
 
     @property
     def target(self) -> str:
@@ -108,7 +110,7 @@ class Variant:
 
     def words(self) -> list[str]:
         files, rows = RESPONSES[self.responses]
-        steps = rows // self.batch
+        steps = self.times * rows // self.batch
         fields = SHARED | {
             "data.batch_size": self.batch, "trainer.max_steps": steps, "trainer.val_check_interval": steps,
             "seed_everything": self.seed, "model.seed": self.seed, "final.prompts": self.prompts,
@@ -348,6 +350,9 @@ def judged_rows(
         for key, judged in row.get("judged", {}).items():
             found.setdefault(row["name"], {}).setdefault(key, []).append(judged)
     judged = {(row["name"], row["set"]): row for row in earlier if row["name"] in stages and not row.get("counted")}
+    seconds: dict[str, list[float]] = {}
+    for row in rows:
+        seconds.setdefault(row["name"], []).append(row["seconds"])
     for name, sets in found.items():
         for key, seeds in sets.items():
             if (name, key) in judged and judged[name, key]["seeds"] > len(seeds):
@@ -361,7 +366,7 @@ def judged_rows(
                 row["ratio"] = rejection_ratio(counts, np.array([counts_of(one) for one in theirs]))
                 row["baseline_seeds"] = len(theirs)
             judged[name, key] = row
-    return list(judged.values())
+    return [row | {"minutes": float(np.mean(seconds[row["name"]])) / 60} for row in judged.values()]
 
 
 def known_rows(study: list[Variant], record: dict[str, Any]) -> list[dict[str, Any]]:
@@ -435,8 +440,8 @@ def judged_markdown(rows: list[dict[str, Any]], baseline: str) -> str:
         lines += [
             f"{key}, {these[0]['prompts']} prompts x {NEW} tokens:",
             "",
-            f"| recipe | seeds | p (by seed) | S | (1 - p) over {baseline} | 95 % |",
-            "|---|---|---|---|---|---|",
+            f"| recipe | seeds | minutes | p (by seed) | S | (1 - p) over {baseline} | 95 % |",
+            "|---|---|---|---|---|---|---|",
         ]
         for row in these:
             seeds = ", ".join(f"{p:.3f}" for p in row["p_by_seed"])
@@ -448,7 +453,7 @@ def judged_markdown(rows: list[dict[str, Any]], baseline: str) -> str:
                 if row.get("baseline_seeds", most) != most:
                     interval += f" (against {row['baseline_seeds']} seed)"
             values = f"{row['p']:.3f} ({seeds}) | {row['S']:.2f} | {ratio} | {interval}"
-            lines.append(f"| {row['name']} | {row['seeds']} | {values} |")
+            lines.append(f"| {row['name']} | {row['seeds']} | {row['minutes']:.0f} | {values} |")
         lines.append("")
     return "\n".join(lines).rstrip()
 
@@ -501,11 +506,15 @@ OTHER = [
     replace(variant, name=f"second-{variant.name}", corpus=SECOND)
     for variant in (*_seeds(PUBLISHED), *_seeds(BEST_DRAWS), BEST)
 ]
+LONG = [replace(variant, name=f"long-{variant.name}", times=4) for variant in (PUBLISHED, BEST)]
 FOUR = [replace(variant, name=f"n4-{variant.name}", stages=4) for variant in (PUBLISHED, BEST, BEST_DRAWS)]
 
-STUDIES = {"screen": SCREEN, "final": FINAL, "second": OTHER, "four": FOUR}
+STUDIES = {"screen": SCREEN, "final": FINAL, "second": OTHER, "four": FOUR, "long": LONG}
 #: Studies whose heads decode more prompts, and the recipe that the others are held against.
-BASELINES = {"final": PUBLISHED.name, "second": f"second-{PUBLISHED.name}", "four": f"n4-{PUBLISHED.name}"}
+BASELINES = {
+    "final": PUBLISHED.name, "second": f"second-{PUBLISHED.name}", "four": f"n4-{PUBLISHED.name}",
+    "long": f"long-{PUBLISHED.name}",
+}  # fmt: skip
 
 if __name__ == "__main__":
     sys.exit(main())
