@@ -125,6 +125,28 @@ def test_sampled_text_repeats_with_its_seed_and_changes_with_another(command):
     assert texts(command("a", *WARM)) != texts(command("c", *WARM, "--seed", "1"))
 
 
+def test_temperature_alone_leaves_out_no_token(make_target, loaded):
+    import torch
+
+    _, tokenizer = loaded
+    target = make_target("llama", num_layers=2, vocab=len(tokenizer), spread=0.02)  # hardly prefers any token
+    tokens: list[torch.Tensor] = []
+    generate = target.model.generate
+
+    def recorded(ids, **further):
+        tokens.append(generate(ids, **further))
+        return tokens[-1]
+
+    target.model.generate = recorded
+    chats = [[{"role": "user", "content": word}, {"role": "assistant", "content": "old"}] for word in "abcdef" * 4]
+    written(writer_of((target, tokenizer), temperature=1.0), *chats)
+    (ids,) = tokens
+    scores = target.model(ids).logits[:, -17:-1]
+    ranks = (scores > scores.gather(-1, ids[:, -16:, None])).sum(-1)
+    # of the likeliest 50, which is what generate() samples from unless told otherwise, there are few
+    assert (ranks >= 50).float().mean() > 0.5
+
+
 def test_two_ranks_write_the_same_file_as_one(command, tmp_path, monkeypatch, capsys):
     one = command("one", *WARM)
     two = command("two", *WARM, "--rank", "1", "--ranks", "2")

@@ -52,6 +52,8 @@ class ModelWriter(Writer):
             raise InputError("--top-p and --top-k choose among sampled tokens: give --temperature above 0 too.")
         chosen = {"temperature": wanted.temperature, "top_p": wanted.top_p, "top_k": wanted.top_k}
         values = {k: v for k, v in chosen.items() if v is not None} if samples else dict.fromkeys(chosen)
+        if samples and config.top_k is None:
+            values.setdefault("top_k", 0)  # generate() would fill in 50
         config.update(
             **values,
             do_sample=samples,
