@@ -500,7 +500,8 @@ FINAL = [
     replace(BEST, name="best-regenerated", responses="mixed"),
     *_seeds(replace(BEST, name="best-greedy", responses="greedy", judged=(0.0,))),
     *_seeds(replace(BEST_DRAWS, name="best-draws2-sampled", responses="sampled", judged=(1.0,))),
-    *(replace(BEST, name=f"best-{kind}", responses=kind, judged=(1.0,)) for kind in ("short", "half-short")),
+    *(replace(BEST, name=f"best-{kind}", responses=kind) for kind in ("short", "half-short")),
+    *_seeds(replace(BEST_DRAWS, name="best-draws2-short", responses="short", judged=(1.0,))),
 ]
 OTHER = [
     replace(variant, name=f"second-{variant.name}", corpus=SECOND)
