@@ -1,4 +1,4 @@
-"""Renew the tables of docs/performance.md from benchmarks/records/{training_cost,rollback,data,regeneration}.json.
+"""Renew the tables of docs/performance.md from benchmarks/records/{training_cost,rollback,data}.json.
 
     python benchmarks/training_cost.py && python benchmarks/rollback.py && python benchmarks/data.py
     python benchmarks/performance.py
@@ -208,33 +208,12 @@ def data_packing(record: dict[str, Any]) -> str:
     )
 
 
-def regeneration(record: dict[str, Any]) -> str:
-    def cell(row: dict[str, Any]) -> str:
-        low, high = row["acceptance_interval"]
-        return f"{row['acceptance']:.3f} ({low:.3f} - {high:.3f})"
-
-    return markdown(
-        "responses | training tokens | p, T = 0 (95 %) | p, T = 1 (95 %) | S, T = 0",
-        (
-            [
-                case["responses"],
-                f"{case['tokens']:,}",
-                *(cell(case["final"][temperature]) for temperature in ("0", "1")),
-                f"{case['final']['0']['theoretical_speedup']:.2f}",
-            ]
-            for case in record["cases"]
-        ),
-    )
-
-
 #: Name of a table in the document -> what makes it, and from which record.
 TABLES = {f.__name__: (f, "training_cost") for f in (source, step, attention, memory, profile, arithmetic)}
 TABLES |= {f.__name__: (f, "rollback") for f in (rollback, rollback_memory)}
 TABLES["rollback_source"] = (source, "rollback")
 TABLES |= {f.__name__: (f, "data") for f in (data_preparation, data_packing)}
 TABLES["data_source"] = (source, "data")
-TABLES |= {f.__name__: (f, "regeneration") for f in (regeneration,)}
-TABLES["regeneration_source"] = (source, "regeneration")
 
 
 def main() -> None:
