@@ -54,19 +54,19 @@ PLAIN = {
 }  # fmt: skip
 FORCED = ("kl", "top1", "hit2", "hit4", "alpha")
 ROWS = 4480  # conversations of a run: half of the corpus, 0.54 M tokens
-GREEDY, SAMPLED, SAMPLED_2, SHORT = (f"runs/{name}/train.jsonl" for name in (
-    "regenerated", "regenerated_parts/sampled", "regenerated_parts/sampled2", "regenerated_parts/short"
-))  # fmt: skip
+GREEDY, GREEDY_64, SAMPLED, SAMPLED_64 = (
+    f"runs/regenerated/{name}/train.jsonl" for name in ("greedy", "greedy64", "sampled", "sampled64")
+)
 #: Who wrote the assistant's turns: files, and conversations that make as many tokens as `ROWS` original ones. The
-#: target wrote them by `data regenerate CORPUS --target tiny --max-new-tokens 200 --temperature T --out FOLDER`: all at
-#: T = 0, 1,600 and 2,800 random others at T = 1; and all at T = 1 with `--max-new-tokens 64`, as long as decoding goes.
+#: target wrote them by `data regenerate documentation:train --target tiny --temperature T --max-new-tokens N --out
+#: FOLDER`: greedily or at T = 1, and up to 200 tokens or up to 64, which is as far as decoding goes.
 RESPONSES: dict[str, tuple[list[str], int]] = {
     "original": ([], ROWS),
     "greedy": ([GREEDY], 2620),
-    "sampled": ([SAMPLED, SAMPLED_2], 4336),
-    "mixed": ([f"{GREEDY},weight=0.19", SAMPLED], 3248),
-    "short": ([SHORT], 7312),
-    "half-short": (["documentation:train,weight=0.25", f"{SHORT},weight=0.41"], 5900),
+    "sampled": ([SAMPLED], 4336),
+    "sampled64": ([SAMPLED_64], 7312),
+    "half-sampled64": (["documentation:train,weight=0.25", f"{SAMPLED_64},weight=0.41"], 5900),
+    "both64": ([f"{GREEDY_64},weight=0.4", f"{SAMPLED_64},weight=0.4"], 6668),
 }
 
 
@@ -487,6 +487,8 @@ def _seeds(variant: Variant) -> list[Variant]:
 BEST = _muon("muon-lmhead5e-4-norm-linear", NORM | LINEAR)
 BEST_DRAWS = _muon("best-draws2", NORM | LINEAR | DRAWS)
 BEST_DEEPER = _muon("best-draws2-deeper", NORM | LINEAR | DRAWS | DEEPER)
+#: What a decoder at temperature 1 gains from, all together: it rejects more often than a greedy one.
+BEST_ALL = _muon("best-all", NORM | LINEAR | DRAWS | DEEPER | {"model.restart_rate": 0.2})
 PUBLISHED = _both({}, "published", 1e-3, 4, published=True)
 #: Folder of benchmarks/second_target.py.
 SECOND = Path("runs/second")
@@ -497,11 +499,13 @@ FINAL = [
     *_seeds(BEST),
     *_seeds(BEST_DRAWS),
     *_seeds(BEST_DEEPER),
-    replace(BEST, name="best-regenerated", responses="mixed"),
     *_seeds(replace(BEST, name="best-greedy", responses="greedy", judged=(0.0,))),
-    *_seeds(replace(BEST_DRAWS, name="best-draws2-sampled", responses="sampled", judged=(1.0,))),
-    *(replace(BEST, name=f"best-{kind}", responses=kind) for kind in ("short", "half-short")),
-    *_seeds(replace(BEST_DRAWS, name="best-draws2-short", responses="short", judged=(1.0,))),
+    *(
+        replace(BEST, name=f"best-{kind}", responses=kind)
+        for kind in ("sampled", "sampled64", "half-sampled64", "both64")
+    ),
+    *_seeds(replace(BEST_DRAWS, name="best-draws2-sampled64", responses="sampled64", judged=(1.0,))),
+    *_seeds(replace(BEST_ALL, name="best-all-sampled64", responses="sampled64", judged=(1.0,))),
 ]
 OTHER = [
     replace(variant, name=f"second-{variant.name}", corpus=SECOND)
