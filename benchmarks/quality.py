@@ -54,15 +54,15 @@ PLAIN = {
 }  # fmt: skip
 FORCED = ("kl", "top1", "hit2", "hit4", "alpha")
 ROWS = 4480  # conversations of a run: half of the corpus, 0.54 M tokens
-GREEDY, GREEDY_64, SAMPLED, SAMPLED_64 = (
-    f"runs/regenerated/{name}/train.jsonl" for name in ("greedy", "greedy64", "sampled", "sampled64")
+GREEDY_64, SAMPLED, SAMPLED_64 = (
+    f"runs/regenerated/{name}/train.jsonl" for name in ("greedy64", "sampled", "sampled64")
 )
 #: Who wrote the assistant's turns: files, and conversations that make as many tokens as `ROWS` original ones. The
 #: target wrote them by `data regenerate documentation:train --target tiny --temperature T --max-new-tokens N --out
 #: FOLDER`: greedily or at T = 1, and up to 200 tokens or up to 64, which is as far as decoding goes.
 RESPONSES: dict[str, tuple[list[str], int]] = {
     "original": ([], ROWS),
-    "greedy": ([GREEDY], 2620),
+    "greedy64": ([GREEDY_64], 6104),
     "sampled": ([SAMPLED], 4336),
     "sampled64": ([SAMPLED_64], 7312),
     "half-sampled64": (["documentation:train,weight=0.25", f"{SAMPLED_64},weight=0.41"], 5900),
@@ -499,7 +499,7 @@ FINAL = [
     *_seeds(BEST),
     *_seeds(BEST_DRAWS),
     *_seeds(BEST_DEEPER),
-    *_seeds(replace(BEST, name="best-greedy", responses="greedy", judged=(0.0,))),
+    *_seeds(replace(BEST, name="best-greedy64", responses="greedy64", judged=(0.0,))),
     *(
         replace(BEST, name=f"best-{kind}", responses=kind)
         for kind in ("sampled", "sampled64", "half-sampled64", "both64")
