@@ -62,6 +62,7 @@ GREEDY_64, SAMPLED, SAMPLED_64 = (
 #: FOLDER`: greedily or at T = 1, and up to 200 tokens or up to 64, which is as far as decoding goes.
 RESPONSES: dict[str, tuple[list[str], int]] = {
     "original": ([], ROWS),
+    "greedy": (["runs/regenerated/train.jsonl"], 2620),
     "greedy64": ([GREEDY_64], 6104),
     "sampled": ([SAMPLED], 4336),
     "sampled64": ([SAMPLED_64], 7312),
@@ -495,10 +496,13 @@ SECOND = Path("runs/second")
 
 FINAL = [
     *_seeds(PUBLISHED),
-    _both({}, "published", 2e-3, 16, published=True),
+    # the baseline's other rates and batches, on the same prompts
+    *(_both({}, "published", lr, 4, published=True) for lr in (5e-4, 2e-3)),
+    _both({}, "published", 1e-3, 2, published=True),
     *_seeds(BEST),
     *_seeds(BEST_DRAWS),
     *_seeds(BEST_DEEPER),
+    replace(BEST, name="best-greedy", responses="greedy", judged=(0.0,)),
     *_seeds(replace(BEST, name="best-greedy64", responses="greedy64", judged=(0.0,))),
     *(
         replace(BEST, name=f"best-{kind}", responses=kind)
