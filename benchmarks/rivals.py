@@ -255,10 +255,10 @@ def chain_passes(kept: np.ndarray, start: int, stop: int, drafts: int) -> tuple[
     """Target passes, and drafts that were verified, for positions start + 1 .. stop - 1 after the prefill's x_start."""
     at, passes, verified = start, 0, 0
     while at < stop - 1:
-        accepted = 0
-        while accepted < min(drafts, stop - 2 - at) and kept[accepted, at - 1]:
+        accepted, asked = 0, min(drafts, stop - 2 - at)  # the last token is a pass's own
+        while accepted < asked and kept[accepted, at - 1]:
             accepted += 1
-        verified += min(drafts, accepted + 1)
+        verified += min(asked, accepted + 1)
         passes, at = passes + 1, at + accepted + 1
     return passes, verified
 

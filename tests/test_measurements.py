@@ -1,0 +1,99 @@
+"""What the scripts of benchmarks/ make of what they counted: ratios, intervals, prices."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from scripts import benchmark
+
+quality, redraft, rivals = benchmark("quality"), benchmark("redraft"), benchmark("rivals")
+
+
+def counted(rejection: list[float], prompts: int = 200, seed: int = 0) -> np.ndarray:
+    """[seeds, prompts, 4] with these rejection rates."""
+    random = np.random.default_rng(seed)
+    verified = np.full((len(rejection), prompts), 63)
+    accepted = random.binomial(verified, 1 - np.array(rejection)[:, None])
+    return np.stack([accepted, verified, verified + 1, 2 * verified], -1)
+
+
+def test_a_side_is_level_with_itself() -> None:
+    counts = counted([0.2])
+    assert quality.rejection_ratio(counts, counts) == (1.0, 1.0, 1.0)
+
+
+def test_half_the_rejections_are_a_ratio_of_one_half_within_its_interval() -> None:
+    ratio, low, high = quality.rejection_ratio(counted([0.1, 0.1]), counted([0.2, 0.2], seed=1))
+    assert low < ratio < high and abs(ratio - 0.5) < 0.03 and 0.02 < high - low < 0.12
+
+
+@pytest.mark.parametrize("k", [2, 3])
+def test_the_interval_holds_the_true_ratio_as_often_as_it_says(k: int) -> None:
+    """Seeds that differ more than prompts do: a bootstrap of two holds it in 70 cases of a hundred."""
+    random = np.random.default_rng(k)
+    held = 0
+    for trial in range(100):
+        rates = random.normal(0.2, 0.04, (2, k)).clip(0.02)
+        ours, theirs = (counted(list(side), 20, 2 * trial + i) for i, side in enumerate(rates))
+        _, low, high = quality.rejection_ratio(ours, theirs, draws=60)
+        held += low <= 1 <= high
+    assert held >= 88
+
+
+def row(name: str, seed: int, counts: np.ndarray, seconds: float = 60.0) -> dict[str, Any]:
+    judged = {"counts": " ".join("/".join(map(str, one)) for one in counts), "by_fill": []}
+    return {"name": name, "seed": seed, "seconds": seconds, "judged": {"held-out T=0": judged}}
+
+
+def test_recipes_are_pooled_over_their_seeds_and_held_against_the_baseline() -> None:
+    ours, theirs = counted([0.1, 0.12]), counted([0.2], seed=1)
+    rows = [row("b", 1, ours[1]), row("b", 0, ours[0], 180.0), row("a", 0, theirs[0])]
+    found = {one["name"]: one for one in quality.judged_rows(rows, {"a": 8, "b": 8}, "a", [])}
+    assert found["b"]["p_by_seed"] == [pytest.approx(quality.pooled(one, 8)["p"]) for one in ours]
+    assert found["b"]["ratio"] == quality.rejection_ratio(ours, theirs) and found["b"]["baseline_seeds"] == 1
+    assert found["b"]["minutes"] == 2 and found["b"]["S"] == pytest.approx(8 * 63 / 126)
+
+
+def test_rows_without_counts_stand_while_they_are_over_more_seeds() -> None:
+    earlier = [{"name": name, "set": "held-out T=0", "seeds": 2, "p": 0.5} for name in ("a", "gone")]
+    rows = [row("a", 0, counted([0.2])[0])]
+    (kept,) = quality.judged_rows(rows, {"a": 8, "gone": 8}, "a", earlier)
+    assert kept["p"] == 0.5 and "counted" not in kept
+    rows += [row("a", 1, counted([0.2])[0])]
+    (replaced,) = quality.judged_rows(rows, {"a": 8, "gone": 8}, "a", earlier)
+    assert replaced["counted"] and replaced["seeds"] == 2
+
+
+def position(token: int, said: list[int], favour: float) -> Any:
+    """Rows after the draft prefer what they say to what flies by this factor."""
+    logits = [{t: math.log(favour) * (t == own) for t in said} for own in said]
+    return redraft.Position(token, said, logits)
+
+
+def test_the_price_of_early_re_drafts_is_what_counting_by_hand_gives() -> None:
+    n, depths = 8, [0, 1, 3, 7]
+    positions = [
+        position(5, [5, 5, 5, 5], 4.0),  # right, and nobody objects: 1
+        position(5, [6, 5, 5, 5], 4.0),  # wrong, noticed at depth 1: 2
+        position(5, [6, 6, 5, 5], 4.0),  # at depth 3: 4
+        position(5, [6, 6, 6, 5], 4.0),  # at depth 7, too late to save a cycle: 8
+        position(5, [5, 6, 6, 6], 4.0),  # right, replaced by a wrong one: 8
+    ]
+    assert redraft.gaps_of(positions, depths, n, [3.0] * 3) == [1, 2, 4, 8, 8]
+    assert redraft.gaps_of(positions, depths, n, [5.0] * 3) == [1, 8, 8, 8, 1]  # not sure enough
+    assert redraft.gaps_of(positions, depths, n, None) == [1, 2, 4, 8, 1]  # where it is right
+    assert redraft.cycles_of([1, 2, 4, 8, 8], n) == 1 + 2 + 4 + 8 + n
+    price = redraft.priced([positions], depths, n, [3.0] * 3)
+    assert price["S"] == pytest.approx(8 * 5 / 23) and price["caught"] == 2 / 3 and price["false_alarms"] == 1 / 2
+
+
+def test_passes_of_a_chain_and_cycles_of_an_early_exit_are_what_counting_by_hand_gives() -> None:
+    kept = np.ones((3, 20), bool)
+    # x_1 of the prefill, then a pass gives three drafts and one token of its own: 2-5, 6-9, and 10
+    assert rivals.chain_passes(kept, 1, 11, 3) == (3, 6)
+    assert rivals.chain_passes(np.zeros((3, 20), bool), 1, 11, 3) == (9, 8)
+    assert rivals.exit_cycles(kept, 1, 11, 2, 8) == 8 * 3 + 8
+    assert rivals.exit_cycles(np.zeros((1, 20), bool), 1, 11, 2, 8) == 8 * 8 + 8
