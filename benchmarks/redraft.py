@@ -6,9 +6,11 @@ Nothing is built for it here: real greedy generations of a trained head are pass
 rows, and the gaps that a policy would have had are added up. A token that is replaced wrongly costs a full restart.
 
 A policy acts where a row gives another token so many times the probability of the one in flight. Its factors, one per
-depth, are chosen on the first half of the prompts and priced on the second. One that acts where the other token is the
-right one, and nowhere else, shows what is to be had. All are priced on the restarts and drafts of the generation as it
-was: what an earlier restart would change in the drafts after it is left out.
+depth, are chosen on the first half of the prompts and priced on the second. So is a gate: per depth a logistic
+regression, from what the draft and the row say of both tokens, of the chances that acting catches an error or replaces
+what was right; it acts where that gains cycles on average. One that acts where the other token is the right one, and
+nowhere else, shows what is to be had. All are priced on the restarts and drafts of the generation as it was: what an
+earlier restart would change in the drafts after it is left out.
 
     .venv/bin/python benchmarks/redraft.py --run RUN      writes records/redraft.json, renews docs/quality.md
 
@@ -22,6 +24,7 @@ import json
 import math
 import os
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +32,9 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
 from common import RECORDS, renew_readme, run_folder, told_by, write_record  # noqa: E402
+from torch import Tensor  # noqa: E402
 from tree import NEW, prompts_of  # noqa: E402
 
 from spd_lightning.decoding.decoder import SpdDecoder  # noqa: E402
@@ -44,12 +49,35 @@ FACTORS = (1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0, math.inf)  # the last one never 
 class Position:
     """A verified position: the target's token, and what each row says, shallow to deep.
 
-    `said[0]` is the draft; `logits[k][token]` is row k's logit of each token that any row says.
+    `said[0]` is the draft; `laws[k][token]` is row k's log-probability of each token that any row says.
     """
 
     token: int
     said: list[int]
-    logits: list[dict[int, float]]
+    laws: list[dict[int, float]]
+
+
+#: Whether to act: the position, the deeper row (from 1), and the token in flight.
+Policy = Callable[[Position, int, int], bool]
+
+
+def never(position: Position, row: int, flying: int) -> bool:
+    return False
+
+
+def where_right(position: Position, row: int, flying: int) -> bool:
+    """What nobody can know."""
+    return position.said[row] == position.token
+
+
+def by_factors(factors: Sequence[float]) -> Policy:
+    """Where a row gives another token so many times the probability, a factor per deeper row."""
+
+    def acts(position: Position, row: int, flying: int) -> bool:
+        law = position.laws[row]
+        return law[position.said[row]] - law[flying] >= math.log(factors[row - 1])
+
+    return acts
 
 
 @torch.inference_mode()
@@ -63,30 +91,27 @@ def rows_of(run: Path, prompts: list[list[int]]) -> tuple[list[list[Position]], 
         whole = [*prompt, *made.token_ids]
         states, _ = target(torch.tensor([whole]), head.config.anchors)
         layout = StaircaseLayout.from_restarts(head.staircase, [made.restart_positions], len(whole))
-        logits = head.logits(head(states, layout, all_rows=True))[0]  # [m, S, V_d]
-        best = logits.argmax(-1).tolist()
+        laws = head.logits(head(states, layout, all_rows=True))[0].log_softmax(-1)  # [m, S, V_d]
+        best = laws.argmax(-1).tolist()
         positions = []
         for at in range(len(prompt), len(whole) - 1):
-            rows = [best[k][at] for k in range(len(logits))]
-            named = [{head.full_vocabulary_id(t): float(row[at, t]) for t in rows} for row in logits]
+            rows = [best[k][at] for k in range(len(laws))]
+            named = [{head.full_vocabulary_id(t): float(row[at, t]) for t in rows} for row in laws]
             positions.append(Position(whole[at + 1], [head.full_vocabulary_id(t) for t in rows], named))
         found.append(positions)
-        gaps = gaps_of(positions, list(head.staircase.first_depths), n, [math.inf] * (len(logits) - 1))
+        gaps = gaps_of(positions, list(head.staircase.first_depths), n, never)
         assert cycles_of(gaps, n) == made.cycles, "a policy that never acts is the generation itself"
     return found, list(head.staircase.first_depths), n
 
 
-def gaps_of(positions: list[Position], depths: list[int], n: int, factors: list[float] | None) -> list[int]:
-    """The gap before every token after the first, where a policy acts: see `priced`."""
+def gaps_of(positions: Sequence[Position], depths: list[int], n: int, acts: Policy) -> list[int]:
+    """The gap before every token after the first, where a policy acts."""
     gaps = []
     for position in positions:
         flying, gap = position.said[0], 1
-        for index, depth in enumerate(depths[1:]):
-            other, logits = position.said[index + 1], position.logits[index + 1]
-            if other == flying or depth + 1 >= n:
-                continue
-            right = factors is None and other == position.token
-            if right or (factors is not None and logits[other] - logits[flying] >= math.log(factors[index])):
+        for row, depth in enumerate(depths[1:], start=1):
+            other = position.said[row]
+            if other != flying and depth + 1 < n and acts(position, row, flying):
                 flying, gap = other, depth + 1
         gaps.append(gap if flying == position.token else n)
     return gaps
@@ -97,13 +122,11 @@ def cycles_of(gaps: list[int], n: int) -> int:
     return sum(gaps[:-1]) + n if gaps else 0
 
 
-def priced(
-    generations: list[list[Position]], depths: list[int], n: int, factors: list[float] | None
-) -> dict[str, float]:
-    """What one policy makes of the generations: `factors` per deeper row; None: it acts where that is right."""
+def priced(generations: list[list[Position]], depths: list[int], n: int, acts: Policy) -> dict[str, float]:
+    """What one policy makes of the generations."""
     cycles = tokens = caught = alarms = wrong = 0
     for positions in generations:
-        gaps = gaps_of(positions, depths, n, factors)
+        gaps = gaps_of(positions, depths, n, acts)
         cycles += cycles_of(gaps, n)
         tokens += len(gaps)
         missed = [position.said[0] != position.token for position in positions]
@@ -121,16 +144,67 @@ def fitted(generations: list[list[Position]], depths: list[int], n: int) -> list
     while True:
         before = list(factors)
         for index in range(len(factors)):
-            tried = {f: priced(generations, depths, n, [*factors[:index], f, *factors[index + 1 :]]) for f in FACTORS}
+            tried = {
+                f: priced(generations, depths, n, by_factors([*factors[:index], f, *factors[index + 1 :]]))
+                for f in FACTORS
+            }
             factors[index] = max(FACTORS, key=lambda f: (tried[f]["S"], f))
         if factors == before:
             return factors
 
 
+def gate(generations: list[list[Position]], depths: list[int], n: int) -> Policy:
+    """Acts where a caught error, worth n - depth - 1 cycles, outweighs a false alarm, which costs n - 1.
+
+    The chances of both are a multinomial logistic regression per deeper row, fitted to its disagreements with the draft.
+    """
+    models: dict[int, tuple[Tensor, Tensor]] = {}
+    every = [position for positions in generations for position in positions]
+    for row, depth in enumerate(depths[1:], start=1):
+        cases = [position for position in every if position.said[row] != position.said[0]]
+        if depth + 1 >= n or not cases:
+            continue
+        seen = torch.tensor([features(position, row, position.said[0]) for position in cases])
+        # neither, an error caught, something right replaced
+        kinds = torch.tensor([(p.said[row] == p.token) + 2 * (p.said[0] == p.token) for p in cases])
+        weight, bias = torch.zeros(seen.shape[1], 3, requires_grad=True), torch.zeros(3, requires_grad=True)
+        optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
+
+        def surprise(
+            seen: Tensor = seen, kinds: Tensor = kinds, weight: Tensor = weight, bias: Tensor = bias,
+            optimizer: torch.optim.Optimizer = optimizer,
+        ) -> Tensor:  # fmt: skip
+            optimizer.zero_grad()
+            loss = F.cross_entropy(seen @ weight + bias, kinds) + 1e-3 * weight.square().sum()
+            loss.backward()
+            return loss
+
+        optimizer.step(surprise)  # type: ignore[arg-type]
+        models[row] = weight.detach(), bias.detach()
+
+    def acts(position: Position, row: int, flying: int) -> bool:
+        if row not in models:
+            return False
+        weight, bias = models[row]
+        _, caught, replaced = (torch.tensor(features(position, row, flying)) @ weight + bias).softmax(-1).tolist()
+        return caught * (n - depths[row] - 1) > replaced * (n - 1)
+
+    return acts
+
+
+def features(position: Position, row: int, flying: int) -> list[float]:
+    """What the draft and the row say of the token in flight and of the row's own, and how many rows agree with it."""
+    other = position.said[row]
+    laws = [position.laws[k][token] for k in (0, row) for token in (flying, other)]
+    agree = sum(said == other for said in position.said[1:row])
+    return [*laws, *(math.exp(law) for law in laws), float(agree)]
+
+
 def markdown(found: dict[str, Any]) -> str:
     accuracy = zip(found["accuracy"], found["depths"], strict=True)
     lines = [
-        f"{found['prompts']} held-out prompts x {NEW} tokens, greedy, priced on the second half. Accuracy of rows "
+        f"Head: {found['run']}. {found['prompts']} held-out prompts x {NEW} tokens, greedy, priced on the second half. "
+        "Accuracy of rows "
         f"about the same token, by block: {', '.join(f'{share:.3f} (depth {depth})' for share, depth in accuracy)}.",
         "",
         "| acts where a deeper row says another token | wrong drafts caught | right ones replaced | S | over never |",
@@ -159,17 +233,18 @@ def main() -> int:
     said = ", ".join(
         f"{factor:g} x at depth {depth}" for factor, depth in zip(chosen, depths[1:], strict=True) if factor < math.inf
     )
-    policies: list[tuple[str, list[float] | None]] = [
-        ("never", [math.inf] * deeper),
-        ("at all", [1.0] * deeper),
-        *((f"{factor:g} times as likely", [factor] * deeper) for factor in (2.0, 5.0, 30.0)),
-        (f"as fitted on the first half: {said or 'nowhere'}", chosen),
-        ("and is right (what is to be had)", None),
+    policies: list[tuple[str, Policy]] = [
+        ("never", never),
+        ("at all", by_factors([1.0] * deeper)),
+        *((f"{factor:g} times as likely", by_factors([factor] * deeper)) for factor in (2.0, 5.0, 30.0)),
+        (f"as fitted on the first half: {said or 'nowhere'}", by_factors(chosen)),
+        ("where the gate, fitted on the first half, expects a gain", gate(generations[:half], depths, n)),
+        ("and is right (what is to be had)", where_right),
     ]
     every = [position for positions in generations for position in positions]
     accuracy = [sum(p.token == p.said[k] for p in every) / len(every) for k in range(len(depths))]
     found = {
-        "prompts": options.prompts, "depths": depths, "accuracy": accuracy,
+        "prompts": options.prompts, "run": options.run.name, "depths": depths, "accuracy": accuracy,
         "policies": [{"name": name} | priced(generations[half:], depths, n, policy) for name, policy in policies],
     }  # fmt: skip
     write_record("redraft", found, threads=1)

@@ -69,8 +69,8 @@ def test_rows_without_counts_stand_while_they_are_over_more_seeds() -> None:
 
 def position(token: int, said: list[int], favour: float) -> Any:
     """Rows after the draft prefer what they say to what flies by this factor."""
-    logits = [{t: math.log(favour) * (t == own) for t in said} for own in said]
-    return redraft.Position(token, said, logits)
+    laws = [{t: math.log(favour) * (t == own) for t in said} for own in said]
+    return redraft.Position(token, said, laws)
 
 
 def test_the_price_of_early_re_drafts_is_what_counting_by_hand_gives() -> None:
@@ -82,12 +82,24 @@ def test_the_price_of_early_re_drafts_is_what_counting_by_hand_gives() -> None:
         position(5, [6, 6, 6, 5], 4.0),  # at depth 7, too late to save a cycle: 8
         position(5, [5, 6, 6, 6], 4.0),  # right, replaced by a wrong one: 8
     ]
-    assert redraft.gaps_of(positions, depths, n, [3.0] * 3) == [1, 2, 4, 8, 8]
-    assert redraft.gaps_of(positions, depths, n, [5.0] * 3) == [1, 8, 8, 8, 1]  # not sure enough
-    assert redraft.gaps_of(positions, depths, n, None) == [1, 2, 4, 8, 1]  # where it is right
+    assert redraft.gaps_of(positions, depths, n, redraft.by_factors([3.0] * 3)) == [1, 2, 4, 8, 8]
+    assert redraft.gaps_of(positions, depths, n, redraft.by_factors([5.0] * 3)) == [1, 8, 8, 8, 1]  # not sure enough
+    assert redraft.gaps_of(positions, depths, n, redraft.where_right) == [1, 2, 4, 8, 1]  # where it is right
     assert redraft.cycles_of([1, 2, 4, 8, 8], n) == 1 + 2 + 4 + 8 + n
-    price = redraft.priced([positions], depths, n, [3.0] * 3)
+    price = redraft.priced([positions], depths, n, redraft.by_factors([3.0] * 3))
     assert price["S"] == pytest.approx(8 * 5 / 23) and price["caught"] == 2 / 3 and price["false_alarms"] == 1 / 2
+
+
+def test_a_gate_learns_when_to_believe_a_row() -> None:
+    """Planted: the row at depth 1 is right where it is sure, and says nonsense where it is not."""
+    random = np.random.default_rng(0)
+    planted = []
+    for _ in range(400):
+        sure = random.random() < 0.3
+        law = {5: -0.1, 6: -3.0} if sure else {5: -1.0, 6: -1.5}  # of the row, which always says 5
+        planted.append(redraft.Position(5 if sure else 6, [6, 5], [{5: -1.2, 6: -0.5}, law]))
+    acts = redraft.gate([planted[:200]], [0, 1], 8)
+    assert redraft.gaps_of(planted[200:], [0, 1], 8, acts) == [2 if p.token == 5 else 1 for p in planted[200:]]
 
 
 def test_passes_of_a_chain_and_cycles_of_an_early_exit_are_what_counting_by_hand_gives() -> None:
