@@ -156,7 +156,7 @@ def fitted(generations: list[list[Position]], depths: list[int], n: int) -> list
 def gate(generations: list[list[Position]], depths: list[int], n: int) -> Policy:
     """Acts where a caught error, worth n - depth - 1 cycles, outweighs a false alarm, which costs n - 1.
 
-    The chances of both are a multinomial logistic regression per deeper row, fitted to its disagreements with the draft.
+    The chances of both are a logistic regression per deeper row, fitted to its disagreements with the draft.
     """
     models: dict[int, tuple[Tensor, Tensor]] = {}
     every = [position for positions in generations for position in positions]
