@@ -12,7 +12,7 @@ what was right; it acts where that gains cycles on average. One that acts where 
 nowhere else, shows what is to be had. All are priced on the restarts and drafts of the generation as it was: what an
 earlier restart would change in the drafts after it is left out.
 
-    .venv/bin/python benchmarks/redraft.py --run RUN      writes records/redraft.json, renews docs/quality.md
+    .venv/bin/python benchmarks/redraft.py --run RUN      adds to records/redraft.json, renews docs/quality.md
 
 RUN trained on the tiny target with model.loss.deeper_rows: without it deeper rows know nothing.
 """
@@ -200,10 +200,10 @@ def features(position: Position, row: int, flying: int) -> list[float]:
     return [*laws, *(math.exp(law) for law in laws), float(agree)]
 
 
-def markdown(found: dict[str, Any]) -> str:
+def markdown(name: str, found: dict[str, Any]) -> str:
     accuracy = zip(found["accuracy"], found["depths"], strict=True)
     lines = [
-        f"Head: {found['run']}. {found['prompts']} held-out prompts x {NEW} tokens, greedy, priced on the second half. "
+        f"`{name}`: {found['prompts']} held-out prompts x {NEW} tokens, greedy, priced on the second half. "
         "Accuracy of rows "
         f"about the same token, by block: {', '.join(f'{share:.3f} (depth {depth})' for share, depth in accuracy)}.",
         "",
@@ -244,12 +244,15 @@ def main() -> int:
     every = [position for positions in generations for position in positions]
     accuracy = [sum(p.token == p.said[k] for p in every) / len(every) for k in range(len(depths))]
     found = {
-        "prompts": options.prompts, "run": options.run.name, "depths": depths, "accuracy": accuracy,
+        "prompts": options.prompts, "depths": depths, "accuracy": accuracy,
         "policies": [{"name": name} | priced(generations[half:], depths, n, policy) for name, policy in policies],
     }  # fmt: skip
-    write_record("redraft", found, threads=1)
-    renew_readme("redraft", markdown(json.loads((RECORDS / "redraft.json").read_text())), "docs/quality.md")
-    print(markdown(found))
+    path = RECORDS / "redraft.json"
+    heads = json.loads(path.read_text())["heads"] if path.exists() else {}
+    heads[options.run.name] = found
+    write_record("redraft", {"heads": heads}, threads=1)
+    renew_readme("redraft", "\n\n".join(markdown(name, found) for name, found in heads.items()), "docs/quality.md")
+    print(markdown(options.run.name, found))
     return 0
 
 
