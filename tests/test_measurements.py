@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from scripts import benchmark
 
-quality, redraft, rivals = benchmark("quality"), benchmark("redraft"), benchmark("rivals")
+quality, redraft, rivals, cascade = (benchmark(name) for name in ("quality", "redraft", "rivals", "cascade"))
 
 
 def counted(rejection: list[float], prompts: int = 200, seed: int = 0) -> np.ndarray:
@@ -109,3 +110,30 @@ def test_passes_of_a_chain_and_cycles_of_an_early_exit_are_what_counting_by_hand
     assert rivals.chain_passes(np.zeros((3, 20), bool), 1, 11, 3) == (9, 8)
     assert rivals.exit_cycles(kept, 1, 11, 2, 8) == 8 * 3 + 8
     assert rivals.exit_cycles(np.zeros((1, 20), bool), 1, 11, 2, 8) == 8 * 8 + 8
+
+
+def test_cycles_of_a_look_are_those_of_drawing_replacing_and_verifying() -> None:
+    random, n, depth, draws = np.random.default_rng(0), 8, 3, 100_000
+    P, first, later = (torch.tensor(random.dirichlet(np.ones(5))) for _ in range(3))
+    (found,) = cascade.cycles_of_looks(P[None], torch.stack([first, later])[:, None], [0, depth], n).tolist()
+    p, q0, qk = (law.numpy() for law in (P, first, later))
+    y = random.choice(5, draws, p=q0)
+    replaced = random.random(draws) > (qk / q0)[y]
+    over = (qk - q0).clip(0)
+    y = np.where(replaced, random.choice(5, draws, p=over / over.sum()), y)
+    assert np.abs(np.bincount(y, minlength=5) / draws - qk).max() < 0.01  # the law is that of the later row
+    stands = random.random(draws) <= (p / qk)[y]
+    spent = np.where(stands, np.where(replaced, depth + 1, 1), n)
+    assert found[1] == pytest.approx(spent.mean(), abs=0.04)
+    y = random.choice(5, draws, p=q0)
+    assert found[0] == pytest.approx(np.where(random.random(draws) <= (p / q0)[y], 1, n).mean(), abs=0.04)
+
+
+def test_a_gate_looks_where_it_pays_and_once() -> None:
+    """Planted: a look at the first deeper row pays where the first feature is positive; at the second one, always."""
+    torch.manual_seed(0)
+    sign = torch.randn(300, dtype=torch.float64).sign()
+    known = torch.stack([torch.stack([sign, torch.ones_like(sign)], -1)] * 2, 1)
+    cycles = torch.stack([torch.full_like(sign, 4.0), 4 - sign, torch.full_like(sign, 3.5)], -1)
+    looks = cascade.Looks(cycles[:, :1], cycles, known)
+    assert cascade.gated(looks, cascade.gate([looks])).equal(torch.where(sign > 0, 3.0, 3.5).double())
