@@ -138,6 +138,15 @@ def priced(generations: list[list[Position]], depths: list[int], n: int, acts: P
     }  # fmt: skip
 
 
+def gain(generations: list[list[Position]], depths: list[int], n: int, acts: Policy, draws: int = 2000) -> list[float]:
+    """S over that of never acting, less 1: the 95 % interval over prompts."""
+    cycles = [[cycles_of(gaps_of(p, depths, n, policy), n) for p in generations] for policy in (never, acts)]
+    counts = torch.tensor(cycles, dtype=torch.float64)
+    drawn = torch.randint(len(generations), (draws, len(generations)), generator=torch.Generator().manual_seed(0))
+    base, ours = counts[:, drawn].sum(-1)
+    return (base / ours - 1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+
+
 def fitted(generations: list[list[Position]], depths: list[int], n: int) -> list[float]:
     """A factor per deeper row, each chosen in turn for the greatest S, until none changes."""
     factors = [math.inf] * (len(depths) - 1)
@@ -212,9 +221,11 @@ def markdown(name: str, found: dict[str, Any]) -> str:
     ]
     base = found["policies"][0]["S"]
     for row in found["policies"]:
+        low, high = row.get("interval", (0, 0))
+        interval = f" ({low:+.1%} to {high:+.1%})" if low < high else ""
         lines.append(
             f"| {row['name']} | {row['caught']:.1%} | {row['false_alarms']:.1%} | {row['S']:.2f} | "
-            f"{row['S'] / base - 1:+.1%} |"
+            f"{row['S'] / base - 1:+.1%}{interval} |"
         )
     return "\n".join(lines)
 
@@ -245,7 +256,11 @@ def main() -> int:
     accuracy = [sum(p.token == p.said[k] for p in every) / len(every) for k in range(len(depths))]
     found = {
         "prompts": options.prompts, "depths": depths, "accuracy": accuracy,
-        "policies": [{"name": name} | priced(generations[half:], depths, n, policy) for name, policy in policies],
+        "policies": [
+            {"name": name, "interval": gain(generations[half:], depths, n, policy)}
+            | priced(generations[half:], depths, n, policy)
+            for name, policy in policies
+        ],
     }  # fmt: skip
     path = RECORDS / "redraft.json"
     heads = json.loads(path.read_text())["heads"] if path.exists() else {}
