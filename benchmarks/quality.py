@@ -171,14 +171,15 @@ SCREEN = [
     _muon("muon-lmhead5e-4-norm-linear", NORM | LINEAR),
     # one thing left out of the best recipe
     _both(MUON | NORM | LINEAR | {"model.adamw_learning_rate": 6e-3}, "muon-norm-linear", 6e-3, 4),
-    _both(NORM | LINEAR, "norm-linear", 1e-3, 4),
+    *(_both(NORM | LINEAR, "norm-linear", lr, 4) for lr in (1e-3, 2e-3)),
+    _muon("best-published-restarts", NORM | LINEAR | {"model.restarts": "published"}),
     _muon("muon-lmhead5e-4-norm-linear", NORM | LINEAR, batch=16),
     # one thing added to it, or changed
     _muon("muon-lmhead5e-4-norm-linear", NORM | LINEAR, batch=2),
     _muon("best-lk_hybrid", NORM | LINEAR | _loss(lk_hybrid=1.0)),
     _muon("best-ce", NORM | LINEAR | _loss(kl=1.0, ce=0.5)),
     _muon("best-deeper", NORM | LINEAR | DEEPER),
-    _muon("best-warm", NORM | LINEAR | WARM),
+    *(_muon("best-warm", NORM | LINEAR | WARM, lr=lr) for lr in (1e-3, 6e-3)),
     _muon("best-target-kind", NORM | LINEAR | {"model.head.kind": "target"}),
     _muon("best-restart0.25", NORM | LINEAR | {"model.restart_rate": 0.25}),
     _muon("best-all-anchors", NORM | LINEAR | {"model.head.anchors": "[0,1,2,3,4,5,6,7,8]"}),
