@@ -116,18 +116,22 @@ def measured(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def main() -> int:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    torch.set_num_threads(1)
-    found = {name: measured(train(name, fields)) for name, fields in RATES.items()}
-    write_record("averages", {"found": found, "prompts": len(prompts_of(BEST, None)["held-out"])}, threads=1)
+def markdown(found: dict[str, list[dict[str, Any]]]) -> str:
     lines = ["| learning rate | weights | held-out KL | alpha | p, greedy |", "|---|---|---|---|---|"]
     for rate, rows in found.items():
         for row in rows:
             name = "the last ones" if row["average"] == "last" else f"average, decay {row['average']}"
             accepted = f"{row['p']:.3f}" if "p" in row else ""
             lines.append(f"| {rate} | {name} | {row['kl']:.4f} | {row['alpha']:.3f} | {accepted} |")
-    renew_readme("averages", "\n".join(lines), "docs/quality.md")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    torch.set_num_threads(1)
+    found = {name: measured(train(name, fields)) for name, fields in RATES.items()}
+    write_record("averages", {"found": found, "prompts": len(prompts_of(BEST, None)["held-out"])}, threads=1)
+    renew_readme("averages", markdown(found), "docs/quality.md")
     return 0
 
 
