@@ -27,7 +27,8 @@ import lightning as L  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from common import ROOT, console, renew_readme, write_record  # noqa: E402
-from quality import BEST, NEW, pooled, prompts_of  # noqa: E402
+from quality import BEST, prompts_of  # noqa: E402
+from quality_tables import NEW, counts_of_generations, pooled  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from spd_lightning.decoding.decoder import SpdDecoder  # noqa: E402
@@ -65,7 +66,9 @@ class Averages(L.Callback):
             head.load_state_dict(weights, strict=False)
             found[str(name)] = (weights, self.held_out(trainer, module))
         head.load_state_dict(found["last"][0], strict=False)
-        torch.save(found, Path(os.environ[FOLDER]) / FILE)
+        path = Path(os.environ[FOLDER]) / FILE
+        torch.save(found, path.with_suffix(".part"))
+        path.with_suffix(".part").replace(path)
 
     def held_out(self, trainer: L.Trainer, module: Any) -> dict[str, float]:
         """The training view's figures on the validation set."""
@@ -92,7 +95,8 @@ def train(name: str, fields: dict[str, Any]) -> Path:
         words += [f"--run_dir={folder}", "--trainer.callbacks+=averages.Averages", "--final.prompts=4"]
         paths = [str(ROOT / "benchmarks"), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), FOLDER: str(folder)}
-        subprocess.run([sys.executable, "-m", "spd_lightning", *words], cwd=ROOT, env=environment, check=True)
+        if subprocess.run([sys.executable, "-m", "spd_lightning", *words], cwd=ROOT, env=environment).returncode:
+            sys.exit(f"averages.py: the training into {folder} failed, see above.")
     return folder
 
 
@@ -110,8 +114,7 @@ def measured(folder: Path) -> list[dict[str, Any]]:
         head.load_state_dict(weights, strict=False)
         decoder = SpdDecoder(target, head)
         made = [decoder.generate(ids, NEW) for ids in prompts_of(BEST, None)["held-out"]]
-        counts = np.array([[g.drafts_accepted, g.drafts_verified, len(g.token_ids), g.cycles] for g in made])
-        rows[-1] |= pooled(counts, BEST.stages)
+        rows[-1] |= pooled(np.array(counts_of_generations(made)), BEST.stages)
         console.print(json.dumps(rows[-1]))
     return rows
 

@@ -18,7 +18,6 @@ RUN trained on the tiny target with model.loss.deeper_rows: without it deeper ro
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch  # noqa: E402
-from common import RECORDS, renew_readme, run_folder, told_by, write_record  # noqa: E402
+from common import add_head, prompts_to_halve, run_folder, told_by  # noqa: E402
 from torch import Tensor  # noqa: E402
 from tree import NEW, prompts_of  # noqa: E402
 
@@ -135,7 +134,7 @@ def markdown(name: str, found: dict[str, Any]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=run_folder, required=True, help="a finished run on the tiny target")
-    parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--prompts", type=prompts_to_halve, default=200)
     options = parser.parse_args()
     torch.set_num_threads(1)
     with told_by(parser):
@@ -156,12 +155,7 @@ def main() -> int:
         "prompts": options.prompts, "depths": depths, "alpha": torch.cat([one.alpha for one in looks]).mean(0).tolist(),
         "policies": [{"name": name, "S": float(n / spent.mean())} for name, spent in policies],
     }  # fmt: skip
-    path = RECORDS / "cascade.json"
-    heads = json.loads(path.read_text())["heads"] if path.exists() else {}
-    heads[options.run.name] = found
-    write_record("cascade", {"heads": heads}, threads=1)
-    renew_readme("cascade", "\n\n".join(markdown(name, one) for name, one in heads.items()), "docs/quality.md")
-    print(markdown(options.run.name, found))
+    add_head("cascade", options.run, found, markdown)
     return 0
 
 

@@ -115,6 +115,13 @@ def run_folder(text: str) -> Path:
     return Path(text)
 
 
+def prompts_to_halve(text: str) -> int:
+    """The type of a --prompts argument where one half is fitted on and the other priced."""
+    if not text.isdigit() or not 2 <= int(text) <= 200:
+        raise argparse.ArgumentTypeError(f"{text}: expected a number from 2 to 200, one half to fit on, one to price")
+    return int(text)
+
+
 @contextmanager
 def told_by(parser: argparse.ArgumentParser) -> Iterator[None]:
     """Bad input ends the script in the parser's one line."""
@@ -143,6 +150,16 @@ def write_record(name: str, results: Mapping[str, Any], threads: int, folder: Pa
     path = temporary.replace(folder / f"{name}.json")
     console.print(f"wrote {path.relative_to(ROOT) if path.is_relative_to(ROOT) else path}")
     return path
+
+
+def add_head(name: str, run: Path, found: Mapping[str, Any], table: Callable[[str, Any], str]) -> None:
+    """Keep what was found of a run's head beside what the record has of others; docs/quality.md shows all of them."""
+    path = RECORDS / f"{name}.json"
+    heads = json.loads(path.read_text())["heads"] if path.exists() else {}
+    heads[run.name] = found
+    write_record(name, {"heads": heads}, threads=1)
+    renew_readme(name, "\n\n".join(table(*head) for head in heads.items()), "docs/quality.md")
+    print(table(run.name, found))
 
 
 def renew_readme(mark: str, table: str, page: str = "README.md") -> None:

@@ -20,7 +20,6 @@ RUN trained on the tiny target with model.loss.deeper_rows: without it deeper ro
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import sys
@@ -33,7 +32,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from common import RECORDS, renew_readme, run_folder, told_by, write_record  # noqa: E402
+from common import add_head, prompts_to_halve, run_folder, told_by  # noqa: E402
 from torch import Tensor  # noqa: E402
 from tree import NEW, prompts_of  # noqa: E402
 
@@ -171,25 +170,11 @@ def gate(generations: list[list[Position]], depths: list[int], n: int) -> Policy
     every = [position for positions in generations for position in positions]
     for row, depth in enumerate(depths[1:], start=1):
         cases = [position for position in every if position.said[row] != position.said[0]]
-        if depth + 1 >= n or not cases:
-            continue
-        seen = torch.tensor([features(position, row, position.said[0]) for position in cases])
-        # neither, an error caught, something right replaced
-        kinds = torch.tensor([(p.said[row] == p.token) + 2 * (p.said[0] == p.token) for p in cases])
-        weight, bias = torch.zeros(seen.shape[1], 3, requires_grad=True), torch.zeros(3, requires_grad=True)
-        optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
-
-        def surprise(
-            seen: Tensor = seen, kinds: Tensor = kinds, weight: Tensor = weight, bias: Tensor = bias,
-            optimizer: torch.optim.Optimizer = optimizer,
-        ) -> Tensor:  # fmt: skip
-            optimizer.zero_grad()
-            loss = F.cross_entropy(seen @ weight + bias, kinds) + 1e-3 * weight.square().sum()
-            loss.backward()
-            return loss
-
-        optimizer.step(surprise)  # type: ignore[arg-type]
-        models[row] = weight.detach(), bias.detach()
+        if depth + 1 < n and cases:
+            seen = torch.tensor([features(position, row, position.said[0]) for position in cases])
+            # neither, an error caught, something right replaced
+            kinds = torch.tensor([(p.said[row] == p.token) + 2 * (p.said[0] == p.token) for p in cases])
+            models[row] = logistic(seen, kinds)
 
     def acts(position: Position, row: int, flying: int) -> bool:
         if row not in models:
@@ -199,6 +184,21 @@ def gate(generations: list[list[Position]], depths: list[int], n: int) -> Policy
         return caught * (n - depths[row] - 1) > replaced * (n - 1)
 
     return acts
+
+
+def logistic(seen: Tensor, kinds: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights [features, 3] and bias of a multinomial logistic regression; a little ridge keeps them finite."""
+    weight, bias = torch.zeros(seen.shape[1], 3, requires_grad=True), torch.zeros(3, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
+
+    def surprise() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(seen @ weight + bias, kinds) + 1e-3 * weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(surprise)
+    return weight.detach(), bias.detach()
 
 
 def features(position: Position, row: int, flying: int) -> list[float]:
@@ -233,7 +233,7 @@ def markdown(name: str, found: dict[str, Any]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=run_folder, required=True, help="a finished run on the tiny target")
-    parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--prompts", type=prompts_to_halve, default=200)
     options = parser.parse_args()
     torch.set_num_threads(1)
     with told_by(parser):
@@ -262,12 +262,7 @@ def main() -> int:
             for name, policy in policies
         ],
     }  # fmt: skip
-    path = RECORDS / "redraft.json"
-    heads = json.loads(path.read_text())["heads"] if path.exists() else {}
-    heads[options.run.name] = found
-    write_record("redraft", {"heads": heads}, threads=1)
-    renew_readme("redraft", "\n\n".join(markdown(name, found) for name, found in heads.items()), "docs/quality.md")
-    print(markdown(options.run.name, found))
+    add_head("redraft", options.run, found, markdown)
     return 0
 
 

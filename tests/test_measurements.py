@@ -10,7 +10,7 @@ import pytest
 import torch
 from scripts import benchmark
 
-quality, redraft, rivals, cascade = (benchmark(name) for name in ("quality", "redraft", "rivals", "cascade"))
+quality, redraft, rivals, cascade = map(benchmark, ("quality_tables", "redraft", "rivals", "cascade"))
 
 
 def counted(rejection: list[float], prompts: int = 200, seed: int = 0) -> np.ndarray:
