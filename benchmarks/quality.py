@@ -342,6 +342,9 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="show what there is; run nothing")
     parser.add_argument("--data", type=Path, help="final: folder with gsm8k, human_eval and spec_bench")
     options = parser.parse_args()
+    missing = [] if options.data is None else [file for file in SETS.values() if not (options.data / file).is_file()]
+    if missing:
+        parser.error(f"--data {options.data}: expected a folder with {', '.join(missing)}")
     study = STUDIES[options.study]
     if not options.list:
         os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that judge
