@@ -8,7 +8,8 @@ stopped, extended, and spread over days and machines.
     .venv/bin/python benchmarks/quality.py final --jobs 2       the baseline and the finalists: three seeds, 200 prompts
     .venv/bin/python benchmarks/quality.py second --jobs 2      the same on the target of second_target.py
     .venv/bin/python benchmarks/quality.py four --jobs 2        the same with four stages
-    .venv/bin/python benchmarks/quality.py long --jobs 2        the same with four times the tokens
+    .venv/bin/python benchmarks/quality.py long --jobs 2        the same with twice the tokens
+    .venv/bin/python benchmarks/quality.py sampled --jobs 2     levers on responses of temperature 1, teacher-forced
     .venv/bin/python benchmarks/quality.py screen --only "*ce*" --list
 
 A screening run is judged by its own final evaluation (60 prompts, greedy). The heads of the other studies decode more
@@ -37,7 +38,15 @@ from typing import Any
 
 import numpy as np
 from common import RECORDS, ROOT, console, renew_readme, write_record
-from quality_tables import NEW, counts_of_generations, judged_markdown, judged_rows, markdown, pooled
+from quality_tables import (
+    NEW,
+    counts_of_generations,
+    forced_markdown,
+    judged_markdown,
+    judged_rows,
+    markdown,
+    pooled,
+)
 
 RUNS = ROOT / "runs" / "quality"
 HELD_OUT = ROOT / "src/spd_lightning/embedded/documentation/heldout.jsonl.gz"
@@ -55,20 +64,22 @@ PLAIN = {
 }  # fmt: skip
 FORCED = ("kl", "top1", "hit2", "hit4", "alpha")
 ROWS = 4480  # conversations of a run: half of the corpus, 0.54 M tokens
-GREEDY_64, SAMPLED, SAMPLED_64 = (
-    f"runs/regenerated/{name}/train.jsonl" for name in ("greedy64", "sampled", "sampled64")
-)
+OWN = "runs/regenerated/{}/train.jsonl".format
 #: Who wrote the assistant's turns: files, and conversations that make as many tokens as `ROWS` original ones. The
 #: target wrote them by `data regenerate documentation:train --target tiny --temperature T --max-new-tokens N --out
-#: FOLDER`: greedily or at T = 1, and up to 200 tokens or up to 64, which is as far as decoding goes.
+#: FOLDER`: greedily or at T = 1, and up to 200 tokens or up to 64, which is as far as decoding goes; `again` with
+#: `--seed 1`. The second target wrote its own from its own conversations.
 RESPONSES: dict[str, tuple[list[str], int]] = {
     "original": ([], ROWS),
     "greedy": (["runs/regenerated/train.jsonl"], 2620),
-    "greedy64": ([GREEDY_64], 6104),
-    "sampled": ([SAMPLED], 4336),
-    "sampled64": ([SAMPLED_64], 7312),
-    "half-sampled64": (["documentation:train,weight=0.25", f"{SAMPLED_64},weight=0.41"], 5900),
-    "both64": ([f"{GREEDY_64},weight=0.4", f"{SAMPLED_64},weight=0.4"], 6668),
+    "greedy64": ([OWN("greedy64")], 6104),
+    "sampled": ([OWN("sampled")], 4336),
+    "sampled64": ([OWN("sampled64")], 7312),
+    "sampled64-twice": ([OWN("sampled64"), OWN("sampled64-again")], 7312),
+    "half-sampled64": (["documentation:train,weight=0.25", f"{OWN('sampled64')},weight=0.41"], 5900),
+    "both64": ([f"{OWN('greedy64')},weight=0.4", f"{OWN('sampled64')},weight=0.4"], 6668),
+    "second-greedy64": (["runs/second/greedy64/train.jsonl"], ROWS),
+    "second-sampled64": (["runs/second/sampled64/train.jsonl"], ROWS),
 }
 
 
@@ -119,10 +130,8 @@ class Variant:
             "final.temperatures": self.temperatures,
         } | ({} if self.published else PLAIN) | self.fields  # fmt: skip
         if self.corpus is not None:
-            fields |= {
-                "model.target": self.target, "data.train": str(self.corpus / "train.jsonl"),
-                "data.validation": str(self.corpus / "heldout.jsonl"),
-            }  # fmt: skip
+            train, heldout = (str(self.corpus / f"{split}.jsonl") for split in ("train", "heldout"))
+            fields |= {"model.target": self.target, "data.train": train, "data.validation": heldout}
         if files:
             fields |= {"data.train": json.dumps(files)}
         if self.seed:
@@ -179,7 +188,7 @@ SCREEN = [
     _muon("best-lk_hybrid", NORM | LINEAR | _loss(lk_hybrid=1.0)),
     _muon("best-ce", NORM | LINEAR | _loss(kl=1.0, ce=0.5)),
     _muon("best-deeper", NORM | LINEAR | DEEPER),
-    *(_muon("best-warm", NORM | LINEAR | WARM, lr=lr) for lr in (1e-3, 6e-3)),
+    _muon("best-warm", NORM | LINEAR | WARM, lr=2e-3),
     _muon("best-target-kind", NORM | LINEAR | {"model.head.kind": "target"}),
     _muon("best-restart0.25", NORM | LINEAR | {"model.restart_rate": 0.25}),
     _muon("best-all-anchors", NORM | LINEAR | {"model.head.anchors": "[0,1,2,3,4,5,6,7,8]"}),
@@ -188,7 +197,7 @@ SCREEN = [
     _muon("best-rejected", NORM | LINEAR | DRAWS | {"model.restarts": "rejected"}),
     _muon("best-lmhead3e-4", NORM | LINEAR, lm_head=3e-4),
     _muon("best-lmhead1e-3", NORM | LINEAR, lm_head=1e-3),
-    *(_muon("best", NORM | LINEAR, lr=lr) for lr in (4e-3, 1e-2)),
+    *(_muon("best", NORM | LINEAR, lr=lr) for lr in (2e-3, 1e-2)),
     _muon("best-tv", NORM | LINEAR | _loss(kl=1.0, tv=1.0)),
 ]
 
@@ -362,14 +371,14 @@ def main() -> int:
         forced = " ".join(f"{key} {row[f'teacher_forced_{key}']:.4f}" for key in FORCED)
         reached = f"p {row['p']:.4f} S {row['S']:.2f} T1 {row['p_T1'] or 0:.4f}"
         console.print(f"{row['name']:28s} s{row['seed']} {reached} | {forced} | {row['seconds']:.0f} s")
-    if not options.list:
+    if rows and not options.list:
         found: dict[str, Any] = {"rows": rows}
         if baseline := BASELINES.get(options.study):
             stages = {variant.name: variant.stages for variant in study}
             found["judged"] = judged_rows(rows, stages, baseline, record.get("judged", []))
             table = judged_markdown(found["judged"], baseline)
         else:
-            table = markdown(rows)
+            table = {"screen": markdown, "sampled": forced_markdown}[options.study](rows)
         write_record(f"quality_{options.study}", found, threads=options.jobs)
         renew_readme(f"quality_{options.study}", table, "docs/quality.md")
     return 0
@@ -407,12 +416,41 @@ FINAL = [
 ]
 OTHER = [
     replace(variant, name=f"second-{variant.name}", corpus=SECOND)
-    for variant in (*_seeds(PUBLISHED), *_seeds(BEST_DRAWS), BEST)
+    for variant in (
+        *_seeds(PUBLISHED),
+        *_seeds(BEST_DRAWS),
+        replace(BEST, name="best-greedy64", responses="second-greedy64", judged=(0.0,)),
+        replace(BEST_DRAWS, name="best-draws2-sampled64", responses="second-sampled64", judged=(1.0,)),
+    )
 ]
-LONG = [replace(variant, name=f"long-{variant.name}", times=4) for variant in (PUBLISHED, BEST)]
+LONG = [
+    replace(variant, name=f"long-{variant.name}", times=2)
+    for variant in (
+        PUBLISHED,
+        BEST,
+        replace(BEST, name="best-sampled64", responses="sampled64-twice"),
+        replace(BEST_DRAWS, name="best-draws2-sampled64", responses="sampled64-twice"),
+    )
+]
 FOUR = [replace(variant, name=f"n4-{variant.name}", stages=4) for variant in (PUBLISHED, BEST, BEST_DRAWS)]
 
-STUDIES = {"screen": SCREEN, "final": FINAL, "second": OTHER, "four": FOUR, "long": LONG}
+
+def _sampled(variant: Variant, name: str) -> Variant:
+    """Trained and judged on what the target itself writes at temperature 1; it decodes little."""
+    fields = variant.fields | {"data.validation": OWN("heldout64"), "data.validation_samples": 392}
+    return replace(variant, name=f"sampled-{name}", fields=fields, responses="sampled64", prompts=8)
+
+
+BASIS = NORM | LINEAR
+SAMPLED = [
+    _sampled(BEST, "best"),
+    _sampled(BEST_DRAWS, "best-draws2"),
+    _sampled(_muon("", BASIS | _loss(kl=1.0, tv=1.0)), "best-tv"),
+    _sampled(_muon("", BASIS | WARM, lr=2e-3), "best-warm-lr0.002"),
+    replace(_sampled(BEST, "best-twice"), responses="sampled64-twice", times=2),
+]
+
+STUDIES = {"screen": SCREEN, "final": FINAL, "second": OTHER, "four": FOUR, "long": LONG, "sampled": SAMPLED}
 #: Studies whose heads decode more prompts, and the recipe that the others are held against.
 BASELINES = {
     "final": PUBLISHED.name, "second": f"second-{PUBLISHED.name}", "four": f"n4-{PUBLISHED.name}",

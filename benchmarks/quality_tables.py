@@ -139,3 +139,19 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             f"{ratio:.2f} |"
         )
     return "\n".join(lines)
+
+
+def forced_markdown(rows: list[dict[str, Any]]) -> str:
+    """Teacher-forced figures on the target's own text, by alpha."""
+    fewest, most = (choose(row["tokens"] for row in rows) / 1e6 for choose in (min, max))
+    lines = [
+        f"{fewest:.2f} to {most:.2f} M training tokens, one seed; teacher-forced on the target's own responses of "
+        "temperature 1 to 392 held-out prompts.",
+        "",
+        "| run | alpha | KL | top-1 | hit@4 | minutes |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in sorted(rows, key=lambda row: -row["teacher_forced_alpha"]):
+        forced = " | ".join(f"{row[f'teacher_forced_{name}']:.4f}" for name in ("alpha", "kl", "top1", "hit4"))
+        lines.append(f"| {row['name']} | {forced} | {row['seconds'] / 60:.0f} |")
+    return "\n".join(lines)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,15 +18,20 @@ from parity.test_lossless import VOCABULARY
 from parity.test_rows import CoinDrafter, largest_difference, plain_greedy, random_gaps, random_split, spread_head
 from torch import Tensor, nn
 
+from spd_lightning.data.batches import Batch, collate
+from spd_lightning.data.chat import Sample
 from spd_lightning.decoding.decoder import SpdDecoder
+from spd_lightning.errors import InputError
 from spd_lightning.head.folder import save_head
+from spd_lightning.head.layout import StaircaseLayout
 from spd_lightning.head.loading import draft_logits, head_config, load_head, new_head
 from spd_lightning.head.module import HeadLayer, SpeculationHead
 from spd_lightning.target.families import dense_intermediate_size
 from spd_lightning.target.target import Target
 from spd_lightning.training.losses import chunked_draft_loss, draft_kl
+from spd_lightning.training.warm_start import warm_start
 
-from .common import FAMILIES, VARIED, WINDOW, build, every_family, ids_tensor, random_prompt
+from .common import FAMILIES, HYBRID, SLIDING, VARIED, WINDOW, build, every_family, ids_tensor, random_prompt
 
 KINDS = ("qwen3", "target")
 kinds_of_layers = pytest.mark.parametrize("kind", KINDS)
@@ -199,6 +205,45 @@ def test_the_style_of_kind_target_is_the_familys(make_target: Callable[..., Targ
     assert style.gate == (family in ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"))
     assert (style.qkv_bias, style.output_bias) == (family in ("qwen2", "gpt_oss"), family == "gpt_oss")
     assert style.query_scale == (0.25 if family in ("gemma2", "gemma3_text") else None), "16 ** -0.5, heads have 8"
+
+
+def texts(count: int, length: int) -> list[Batch]:
+    """Batches of random texts, one of each padded."""
+    rows = ids_tensor(count, length, seed=5).numpy().astype(np.int32)
+    samples = [Sample(index, row[: length - index % 2], ((1, 3),)) for index, row in enumerate(rows)]
+    return [collate([[sample] for sample in samples[at : at + 2]]) for at in range(0, count, 2)]
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in (*MIXTURES, "smollm3")])
+@torch.no_grad()
+def test_a_warm_start_is_the_end_of_the_target_where_an_anchor_enters_its_last_layers(
+    make_target: Callable[..., Target], family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A deepest row sees nothing but deepest rows: with the state itself among the anchors nothing is left to guess."""
+    monkeypatch.setattr("spd_lightning.training.warm_start.RIDGE", 1e-12)
+    # attention over everything is every third layer of a hybrid; some turn by other angles in every second layer
+    last = 1 if family in (*HYBRID, "gemma3_text", "olmo3") else 2
+    target = build(make_target, family, (6 - last, last), seed=8, **PLAIN.get(family, {}))
+    head = new_head(target, num_layers=last, anchors=(0, 6 - last), kind="target")
+    ids = ids_tensor(2, WINDOW if family in SLIDING else 20, seed=2)
+    states, end = target(ids, head.config.anchors)
+    layout = StaircaseLayout.from_restarts(head.staircase, [(0,)] * 2, ids.shape[1])
+    apart = []
+    for starts in (False, True):
+        if starts:
+            warm_start(target, head, texts(40, 20))
+        deepest = head([state.to(head.dtype) for state in states], layout, all_rows=True)[:, -1]
+        found, expected = head.logits(deepest), target.logits(end)
+        apart.append(float((found - expected).abs().max() / expected.abs().max()))
+    print(f"{family}: largest relative difference {apart[0]:.1e}, with a warm start {apart[1]:.1e}")
+    assert apart[1] < 1e-4 < 1e-2 < apart[0]
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_a_mixtures_experts_are_no_warm_start(make_target: Callable[..., Target], family: str) -> None:
+    target = build(make_target, family, (3, 3))
+    with pytest.raises(InputError, match=r"model.head.warm_start: the head's mlp.* has shape"):
+        warm_start(target, new_head(target, num_layers=1, kind="target"), texts(2, 10))
 
 
 # -- RoPE, norms, widths, caps ---------------------------------------------------------------------------------

@@ -210,17 +210,6 @@ def test_a_new_head_with_normed_anchors_drafts_from_embeddings_of_their_own_size
     torch.testing.assert_close(deep.square().mean(-1).sqrt(), torch.ones(1, 20), rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3"])
-def test_a_warm_start_is_the_targets_last_layers(make_target: Callable[..., Any], name: str) -> None:
-    target = make_target(name, 4, num_stages=2)
-    head = new_head(target, num_layers=2, kind="target", warm_start=True)
-    for index, layer in enumerate(head.layers):
-        theirs = dict(target.layer(2 + index).named_parameters())
-        assert all(weight.equal(theirs[key]) for key, weight in layer.named_parameters())
-    with pytest.raises(InputError, match=r"warm_start: the head's mlp.gate_proj.weight has shape \(16, 32\)"):
-        new_head(target, intermediate_size=16, kind="target", warm_start=True)
-
-
 @pytest.mark.parametrize(
     ("options", "says"),
     [

@@ -129,15 +129,14 @@ def new_head(
     kind: str = "auto",
     intermediate_size: int | None = None,
     anchor_norm: bool = False,
-    warm_start: bool = False,
 ) -> SpeculationHead:
     """An untrained head, initialised from the target.
 
     The lm_head starts as the target's rows of the draft vocabulary and the norm is the target's. W_k starts as the
     identity on its deepest anchor, so that a row is a hidden state the target itself could have passed on (normed
-    embeddings are brought back to their own size). The layers
-    start from normal weights of variance 1 / fan_in, whatever the width, and what writes into the residual stream is
-    divided by the number of writers: weights of the usual 0.02 hardly speak at a hidden size of 256 and learn late.
+    embeddings are brought back to their own size). The layers start from normal weights of variance 1 / fan_in,
+    whatever the width, and what writes into the residual stream is divided by the number of writers: weights of the
+    usual 0.02 hardly speak at a hidden size of 256 and learn late.
 
     Args:
         target: cut into stages already, or it is now, into 8 (or as many as it has layers).
@@ -149,7 +148,6 @@ def new_head(
             kind that published heads of the target's family have (Qwen3.5: its own gated attention).
         intermediate_size: width of its MLPs; default: the target's dense width, see `dense_intermediate_size`.
         anchor_norm: RMSNorm of each anchor's hidden state before W_k.
-        warm_start: its layers start as the target's last ones, as far as they have the same weights.
 
     Raises:
         InputError: for anchors, a draft vocabulary or a kind that do not fit the target.
@@ -165,8 +163,6 @@ def new_head(
                 weight.normal_(0, weight.shape[1] ** -0.5 / (2 * num_layers if writes else 1), generator=random)
             elif name.endswith("bias"):
                 weight.zero_()
-        if warm_start:
-            _copy_last_layers(target, head)
         identity = torch.eye(head.config.hidden_size)
         for k, weight in enumerate(head.aggregation.parameters()):
             weight.zero_()
@@ -177,28 +173,6 @@ def new_head(
         head.norm.weight.copy_(target.norm_weight())
     head.origin = target.identity
     return head.to(target.device)
-
-
-def _copy_last_layers(target: Target, head: SpeculationHead) -> None:
-    """The target's last full-attention layers into the head's, weight by weight of the same name and shape.
-
-    Raises:
-        InputError: where a projection has no counterpart: a part of a layer is worth nothing without the rest.
-    """
-    full = [i for i, kind in enumerate(target.layer_kinds) if kind != "linear_attention"][-len(head.layers) :]
-    for index, layer in zip(full, list(head.layers)[-len(full) :], strict=True):
-        theirs = dict(target.layer(index).named_parameters())
-        for name, weight in layer.named_parameters():
-            source = theirs.get(name)
-            if source is not None and source.shape == weight.shape:
-                weight.copy_(source.detach().to("cpu", torch.float32))
-            elif weight.ndim == 2:
-                shape = "no such weight" if source is None else f"shape {tuple(source.shape)}"
-                raise InputError(
-                    f"model.head.warm_start: the head's {name} has shape {tuple(weight.shape)}, layer {index} of the "
-                    f"target has {shape}. Set model.head.kind to target, model.head.intermediate_size to null, or "
-                    "warm_start to false."
-                )
 
 
 def shapes_of_head(target: Target, config: HeadConfig) -> SpeculationHead:

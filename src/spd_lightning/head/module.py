@@ -141,10 +141,14 @@ class Aggregation(nn.Linear):
         self.norm_size, self.eps = (config.hidden_size if config.anchor_norm else None), config.rms_norm_eps
 
     def forward(self, anchors: Tensor) -> Tensor:
-        if self.norm_size is not None:
-            apart = anchors.unflatten(-1, (-1, self.norm_size))
-            anchors = F.rms_norm(apart, (self.norm_size,), eps=self.eps).flatten(-2).to(anchors.dtype)
-        return super().forward(anchors)
+        return super().forward(self.normed(anchors))
+
+    def normed(self, anchors: Tensor) -> Tensor:
+        """What W_k multiplies: the anchors, each normed or as it is."""
+        if self.norm_size is None:
+            return anchors
+        apart = anchors.unflatten(-1, (-1, self.norm_size))
+        return F.rms_norm(apart, (self.norm_size,), eps=self.eps).flatten(-2).to(anchors.dtype)
 
 
 class LmHead(nn.Linear):

@@ -33,6 +33,7 @@ from spd_lightning.training.optimizers import BETAS, MuonAdamW, scheduled
 from spd_lightning.training.resuming import check_weights, rescale_progress, trained_groups
 from spd_lightning.training.strategies import ZeroStrategy
 from spd_lightning.training.survival import gradients_finite
+from spd_lightning.training.warm_start import warm_start
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,9 @@ class HeadOptions:
         intermediate_size: width of its MLPs; default: the target's (of a mixture without dense layers, the width of
             the experts a token passes).
         anchor_norm: RMSNorm of each anchor's hidden state before it is aggregated.
-        warm_start: its layers start as the target's last ones, instead of random; needs layers of the same shape.
+        warm_start: it starts as the end of the target, instead of random: with the target's last layers, which needs
+            kind target, and aggregation weights that are fitted to what these read. Wants about a third of the
+            learning rate.
     """
 
     kind: Literal["auto", "qwen3", "target"] = "auto"
@@ -156,6 +159,7 @@ class SpdModule(L.LightningModule):
         self._step_applied = True
         self._frozen: dict[str, Tensor] = {}  # of the head, where this rank has read it
         self.statistics_due = 0  # the optimizer step after which training statistics are logged
+        self.resumes = False  # weights of a checkpoint will take the place of what the head starts with
         self.teacher_forced_by_fill: list[dict[str, float]] = []
         self.target: Target | None = None
         self.head: SpeculationHead | None = None
@@ -234,7 +238,9 @@ class SpdModule(L.LightningModule):
             "anchor_norm": options.anchor_norm,
         }
         if reads:
-            self.head = new_head(self.target, seed=hp.seed, warm_start=options.warm_start, **choices)
+            self.head = new_head(self.target, seed=hp.seed, **choices)
+            if options.warm_start and not self.resumes and self._trainer is not None and self._trainer.training:
+                warm_start(self.target, self.head, self.trainer.datamodule.train_dataloader())  # type: ignore[attr-defined]
         else:
             self.head = shapes_of_head(self.target, head_config(self.target, **choices))
         self.head.checkpoint_layers = hp.activation_checkpointing

@@ -219,11 +219,17 @@ def _prepare(cli: Any, header: Header | None, resumes: bool = True) -> Staircase
             "model.optimizer=muon: its step needs whole matrices, which DeepSpeed cuts in pieces. Set "
             "trainer.strategy to ddp or auto, or model.optimizer to adamw."
         )
+    if module.head_options.warm_start and isinstance(trainer.strategy, ZeroStrategy) and trainer.strategy.stage == 3:
+        raise InputError(
+            "model.head.warm_start: a head is fitted to the whole target before training, which ZeRO-3 cuts in pieces. "
+            "Set trainer.strategy to another one, or model.head.warm_start to false."
+        )
     if data.tokenizer_source == module.settings.target:
         data.loading = module.loading
     if header is not None and module.settings.stage_layers == "auto":
         # what was measured then holds: another clock today must not ask for another head
         module.stage_layers = HeadConfig(**header.fields["head_config"]).stage_layers
+    module.resumes = header is not None
     staircase = module.check()
     data.choose_packing(module.packing_refusal())
     data.share_out(trainer, header.data if header is not None and resumes else None)
