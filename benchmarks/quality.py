@@ -78,8 +78,8 @@ RESPONSES: dict[str, tuple[list[str], int]] = {
     "sampled64-twice": ([OWN("sampled64"), OWN("sampled64-again")], 7312),
     "half-sampled64": (["documentation:train,weight=0.25", f"{OWN('sampled64')},weight=0.41"], 5900),
     "both64": ([f"{OWN('greedy64')},weight=0.4", f"{OWN('sampled64')},weight=0.4"], 6668),
-    "second-greedy64": (["runs/second/greedy64/train.jsonl"], ROWS),
-    "second-sampled64": (["runs/second/sampled64/train.jsonl"], ROWS),
+    "second-greedy64": (["runs/second/greedy64/train.jsonl"], 6100),
+    "second-sampled64": (["runs/second/sampled64/train.jsonl"], 6340),
 }
 
 
@@ -423,15 +423,6 @@ OTHER = [
         replace(BEST_DRAWS, name="best-draws2-sampled64", responses="second-sampled64", judged=(1.0,)),
     )
 ]
-LONG = [
-    replace(variant, name=f"long-{variant.name}", times=2)
-    for variant in (
-        PUBLISHED,
-        BEST,
-        replace(BEST, name="best-sampled64", responses="sampled64-twice"),
-        replace(BEST_DRAWS, name="best-draws2-sampled64", responses="sampled64-twice"),
-    )
-]
 FOUR = [replace(variant, name=f"n4-{variant.name}", stages=4) for variant in (PUBLISHED, BEST, BEST_DRAWS)]
 
 
@@ -442,15 +433,20 @@ def _sampled(variant: Variant, name: str) -> Variant:
 
 
 BASIS = NORM | LINEAR
-SAMPLED = [
+TWICE = replace(_sampled(BEST, "best-twice"), responses="sampled64-twice", times=2)
+LEVERS = [
     _sampled(BEST, "best"),
     _sampled(BEST_DRAWS, "best-draws2"),
     _sampled(_muon("", BASIS | _loss(kl=1.0, tv=1.0)), "best-tv"),
     _sampled(_muon("", BASIS | WARM, lr=2e-3), "best-warm-lr0.002"),
-    replace(_sampled(BEST, "best-twice"), responses="sampled64-twice", times=2),
+    TWICE,
+]
+LONG = [
+    *(replace(variant, name=f"long-{variant.name}", times=2) for variant in (PUBLISHED, BEST)),
+    replace(TWICE, name="long-best-sampled64", judged=(1.0,)),
 ]
 
-STUDIES = {"screen": SCREEN, "final": FINAL, "second": OTHER, "four": FOUR, "long": LONG, "sampled": SAMPLED}
+STUDIES = {"screen": SCREEN, "final": FINAL, "second": OTHER, "four": FOUR, "long": LONG, "sampled": LEVERS}
 #: Studies whose heads decode more prompts, and the recipe that the others are held against.
 BASELINES = {
     "final": PUBLISHED.name, "second": f"second-{PUBLISHED.name}", "four": f"n4-{PUBLISHED.name}",
