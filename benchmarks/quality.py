@@ -444,6 +444,7 @@ LEVERS = [
 LONG = [
     *(replace(variant, name=f"long-{variant.name}", times=2) for variant in (PUBLISHED, BEST)),
     replace(TWICE, name="long-best-sampled64", judged=(1.0,)),
+    replace(TWICE, name="long-best-tv-sampled64", judged=(1.0,), fields=TWICE.fields | _loss(kl=1.0, tv=1.0)),
 ]
 
 STUDIES = {"screen": SCREEN, "final": FINAL, "second": OTHER, "four": FOUR, "long": LONG, "sampled": LEVERS}

@@ -35,7 +35,7 @@ def warm_start(target: Target, head: SpeculationHead, batches: Iterable[Batch]) 
     what its layers write is divided by as much: the same head, at rates that suit new ones.
 
     Args:
-        target: whole, on its device.
+        target: whole, on its device, which also has room for [F, F] float64, F = anchors x H: 3.4 GB for five of 4,096.
         head: a new one, of kind `target`.
         batches: of training texts; as many are read as hold `TOKENS` tokens.
 
