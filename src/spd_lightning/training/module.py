@@ -50,8 +50,7 @@ class HeadOptions:
             the experts a token passes).
         anchor_norm: RMSNorm of each anchor's hidden state before it is aggregated.
         warm_start: it starts as the end of the target, instead of random: with the target's last layers, which needs
-            kind target, and aggregation weights that are fitted to what these read. Wants about a third of the
-            learning rate.
+            kind target, and aggregation weights that are fitted to what these read.
     """
 
     kind: Literal["auto", "qwen3", "target"] = "auto"
