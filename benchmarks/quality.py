@@ -432,20 +432,14 @@ def _sampled(variant: Variant, name: str) -> Variant:
     return replace(variant, name=f"sampled-{name}", fields=fields, responses="sampled64", prompts=8)
 
 
-BASIS = NORM | LINEAR
-TWICE = replace(_sampled(BEST, "best-twice"), responses="sampled64-twice", times=2)
-LEVERS = [
-    _sampled(BEST, "best"),
-    _sampled(BEST_DRAWS, "best-draws2"),
-    _sampled(_muon("", BASIS | _loss(kl=1.0, tv=1.0)), "best-tv"),
-    _sampled(_muon("", BASIS | WARM, lr=2e-3), "best-warm-lr0.002"),
-    TWICE,
+SAMPLED_BEST = _sampled(BEST, "best")
+SAMPLED_TV = _sampled(_muon("", NORM | LINEAR | _loss(kl=1.0, tv=1.0)), "best-tv")
+TWICE = [
+    replace(variant, name=f"{variant.name}-twice", responses="sampled64-twice", times=2, judged=(1.0,))
+    for variant in (SAMPLED_BEST, SAMPLED_TV)
 ]
-LONG = [
-    *(replace(variant, name=f"long-{variant.name}", times=2) for variant in (PUBLISHED, BEST)),
-    replace(TWICE, name="long-best-sampled64", judged=(1.0,)),
-    replace(TWICE, name="long-best-tv-sampled64", judged=(1.0,), fields=TWICE.fields | _loss(kl=1.0, tv=1.0)),
-]
+LEVERS = [SAMPLED_BEST, SAMPLED_TV, *TWICE]
+LONG = [*(replace(variant, name=f"long-{variant.name}", times=2) for variant in (PUBLISHED, BEST)), *TWICE]
 
 STUDIES = {"screen": SCREEN, "final": FINAL, "second": OTHER, "four": FOUR, "long": LONG, "sampled": LEVERS}
 #: Studies whose heads decode more prompts, and the recipe that the others are held against.
