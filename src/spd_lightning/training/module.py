@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import lightning as L
 import numpy as np
@@ -239,7 +240,7 @@ class SpdModule(L.LightningModule):
         if reads:
             self.head = new_head(self.target, seed=hp.seed, **choices)
             if options.warm_start and not self.resumes and self._trainer is not None and self._trainer.training:
-                warm_start(self.target, self.head, self.trainer.datamodule.train_dataloader())  # type: ignore[attr-defined]
+                warm_start(self.target, self.head, self._training_batches())
         else:
             self.head = shapes_of_head(self.target, head_config(self.target, **choices))
         self.head.checkpoint_layers = hp.activation_checkpointing
@@ -253,6 +254,15 @@ class SpdModule(L.LightningModule):
             zero.cut(self.target, self.head)
         self.train_statistics = DraftStatistics(staircase.num_stages)
         self.val_statistics = DraftStatistics(staircase.num_stages)
+
+    def _training_batches(self) -> Iterable[Batch]:
+        """This rank's; where ranks read their own, the first one's head becomes everyone's."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if data is None:
+            raise InputError(
+                "model.head.warm_start: a head is fitted to training texts. Give the trainer a data module."
+            )
+        return cast("Iterable[Batch]", data.train_dataloader())
 
     def _measured_stages(self, target: Target) -> tuple[int, ...]:
         """Stages of equal time, measured by the first process for all of them."""
