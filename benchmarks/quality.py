@@ -168,6 +168,8 @@ def _muon(name: str, change: dict[str, Any], lr: float = 6e-3, lm_head: float = 
     return _both(MUON | {"model.adamw_learning_rate": lm_head} | change, name, lr, batch)
 
 
+BEST_WARM = _muon("best-warm", NORM | LINEAR | WARM, lr=2e-3)
+
 SCREEN = [
     *(_both({}, "published", lr, 16, published=True) for lr in (2e-3, 4e-3)),
     *(_both({}, "published", lr, 4, published=True) for lr in (1e-3, 2e-3)),
@@ -188,7 +190,7 @@ SCREEN = [
     _muon("best-lk_hybrid", NORM | LINEAR | _loss(lk_hybrid=1.0)),
     _muon("best-ce", NORM | LINEAR | _loss(kl=1.0, ce=0.5)),
     _muon("best-deeper", NORM | LINEAR | DEEPER),
-    _muon("best-warm", NORM | LINEAR | WARM, lr=2e-3),
+    BEST_WARM,
     _muon("best-target-kind", NORM | LINEAR | {"model.head.kind": "target"}),
     _muon("best-restart0.25", NORM | LINEAR | {"model.restart_rate": 0.25}),
     _muon("best-all-anchors", NORM | LINEAR | {"model.head.anchors": "[0,1,2,3,4,5,6,7,8]"}),
@@ -405,6 +407,7 @@ FINAL = [
     *_seeds(BEST),
     *_seeds(BEST_DRAWS),
     *_seeds(BEST_DEEPER),
+    *_seeds(BEST_WARM),
     replace(BEST, name="best-greedy", responses="greedy", judged=(0.0,)),
     *_seeds(replace(BEST, name="best-greedy64", responses="greedy64", judged=(0.0,))),
     *(
