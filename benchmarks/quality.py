@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import gzip
+import hashlib
 import json
 import multiprocessing
 import os
@@ -108,6 +109,11 @@ class Variant:
     @property
     def target(self) -> str:
         return "tiny" if self.corpus is None else str(self.corpus / "target")
+
+    def written(self) -> str | None:
+        """Which target of second_target.py lies in the folder, where one does: every call makes another."""
+        weights = None if self.corpus is None else ROOT / self.corpus / "target" / "model.safetensors"
+        return hashlib.sha256(weights.read_bytes()).hexdigest()[:16] if weights and weights.exists() else None
 
     def held_out(self) -> list[dict[str, Any]]:
         """Conversations that no training has seen."""
@@ -249,7 +255,7 @@ def row_of(variant: Variant) -> dict[str, Any]:
         "p_T1": final[1.0]["acceptance"] if 1.0 in final else None,
         "S_T1": final[1.0]["theoretical_speedup"] if 1.0 in final else None,
         **{f"teacher_forced_{key}": last[f"val/teacher_forced_{key}"] for key in FORCED},
-        "judged": judged_of(variant),
+        "target": variant.written(), "judged": judged_of(variant),
     }  # fmt: skip
 
 
@@ -326,8 +332,9 @@ def known_rows(study: list[Variant], record: dict[str, Any]) -> list[dict[str, A
     rows = []
     for variant in study:
         row = recorded.get((variant.name, variant.seed))
-        if row is not None and row["words"] != variant.words()[1:]:
-            console.print(f"{variant.name} seed {variant.seed}: what the record has is of other words, and dropped")
+        target = variant.written()
+        if row is not None and (row["words"] != variant.words()[1:] or (target and row.get("target") != target)):
+            console.print(f"{variant.name} seed {variant.seed}: what the record has is of another run, and dropped")
             row = None
         if finished(variant):
             ours = row_of(variant)
