@@ -69,7 +69,8 @@ OWN = "runs/regenerated/{}/train.jsonl".format
 #: Who wrote the assistant's turns: files, and conversations that make as many tokens as `ROWS` original ones. The
 #: target wrote them by `data regenerate documentation:train --target tiny --temperature T --max-new-tokens N --out
 #: FOLDER`: greedily or at T = 1, and up to 200 tokens or up to 64, which is as far as decoding goes; `again` with
-#: `--seed 1`. The second target wrote its own from its own conversations.
+#: `--seed 1`, and `heldout64` to documentation:heldout. The second target wrote its own to the first 6,500 of its
+#: training conversations.
 RESPONSES: dict[str, tuple[list[str], int]] = {
     "original": ([], ROWS),
     "greedy": (["runs/regenerated/train.jsonl"], 2620),
@@ -448,6 +449,7 @@ TWICE = [
     replace(variant, name=f"{variant.name}-twice", responses="sampled64-twice", times=2, judged=(1.0,))
     for variant in (SAMPLED_BEST, SAMPLED_TV)
 ]
+# two studies share them: not to be run at the same time
 LEVERS = [SAMPLED_BEST, SAMPLED_TV, *TWICE]
 LONG = [*(replace(variant, name=f"long-{variant.name}", times=2) for variant in (PUBLISHED, BEST)), *TWICE]
 

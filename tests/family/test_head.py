@@ -29,7 +29,7 @@ from spd_lightning.head.module import HeadLayer, SpeculationHead
 from spd_lightning.target.families import dense_intermediate_size
 from spd_lightning.target.target import Target
 from spd_lightning.training.losses import chunked_draft_loss, draft_kl
-from spd_lightning.training.warm_start import warm_start
+from spd_lightning.training.warm_start import shrink, warm_start
 
 from .common import FAMILIES, HYBRID, SLIDING, VARIED, WINDOW, build, every_family, ids_tensor, random_prompt
 
@@ -237,6 +237,25 @@ def test_a_warm_start_is_the_end_of_the_target_where_an_anchor_enters_its_last_l
         apart.append(float((found - expected).abs().max() / expected.abs().max()))
     print(f"{family}: largest relative difference {apart[0]:.1e}, with a warm start {apart[1]:.1e}")
     assert apart[1] < 1e-4 < 1e-2 < apart[0]
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if not family.startswith("olmo")])
+@torch.no_grad()
+def test_a_head_that_reads_and_writes_a_seventh_drafts_the_same(
+    make_target: Callable[..., Target], family: str
+) -> None:
+    """Norms forget the size; those of OLMo's layers do not see what is read."""
+    target = build(make_target, family, (2, 2, 2), seed=8)
+    head = new_head(target, num_layers=2, kind="target")
+    ids = ids_tensor(2, 12, seed=3)
+    expected = draft_logits(target, head, ids, restarts=(0, 5))
+    before = [weight.clone() for weight in head.parameters()]
+    shrink(head, 7.0)
+    assert sum(not weight.equal(was) for weight, was in zip(head.parameters(), before, strict=True)) >= 4
+    found = draft_logits(target, head, ids, restarts=(0, 5))
+    worst = float((found - expected).abs().max() / expected.abs().max())
+    print(f"{family}: largest relative difference {worst:.1e}")
+    assert worst < 0.02, "but for what norms add to the square of a small embedding"
 
 
 @pytest.mark.parametrize("family", MIXTURES)

@@ -9,11 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from spd_lightning import cli
-from spd_lightning.data.batches import Batch
+from spd_lightning.data.batches import Batch, collate
+from spd_lightning.data.chat import Sample
 from spd_lightning.errors import InputError
 from spd_lightning.head.loading import draft_logits, load_head, new_head
 from spd_lightning.head.module import SpeculationHead
@@ -78,6 +80,34 @@ def garbled(batch: Batch) -> Batch:
     return batch | {"input_ids": torch.where(padding, 77, batch["input_ids"])}
 
 
+@torch.no_grad()
+def test_packed_rows_say_the_same(make_target: Callable[..., Target]) -> None:
+    """Documents in one row, and each in a row of its own: the same tokens at the same positions."""
+    target = make_target("llama", 4, num_stages=2)
+    random = np.random.default_rng(0)
+    samples = [Sample(i, random.integers(3, 60, 24).astype(np.int32), ((1, 3),)) for i in range(12)]
+    heads = []
+    for rows in ([[sample] for sample in samples], [samples[at : at + 3] for at in range(0, 12, 3)]):
+        head = new_head(target, num_layers=2, kind="target", anchor_norm=True)
+        warm_start(target, head, [collate(rows)])
+        heads.append(head)
+    ours, theirs = (torch.cat([weight.flatten() for weight in head.parameters()]) for head in heads)
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_what_is_no_weight_is_not_copied(make_target: Callable[..., Target]) -> None:
+    target = make_target("llama", 4, num_stages=2)
+    projection: Any = target.layer(3).self_attn.q_proj
+    for weight in (torch.zeros_like(projection.weight, dtype=torch.int8), projection.weight.to("meta")):
+        projection.weight = torch.nn.Parameter(weight, requires_grad=False)
+        with pytest.raises(InputError, match=r"q_proj.weight of the target's layer 3 is quantised or offloaded"):
+            warm_start(target, new_head(target, num_layers=1, kind="target"), [])
+    with pytest.raises(InputError, match=r"no training text"):
+        whole = make_target("llama", 4, num_stages=2)
+        warm_start(whole, new_head(whole, num_layers=1, kind="target"), [])
+
+
 def test_layers_of_another_kind_or_size_are_refused(make_target: Callable[..., Target]) -> None:
     target = make_target("llama", 4, num_stages=2)
     with pytest.raises(InputError, match=r"warm_start: .* another kind than the head's qwen3. Set model.head.kind"):
@@ -96,6 +126,7 @@ def test_a_run_begins_with_it_once(
     calls = []
 
     def counted(target: Target, head: SpeculationHead, batches: Any) -> None:
+        assert torch.get_default_device().type == "cpu", "workers of a data loader inherit it"
         warm_start(target, head, batches)
         calls.append({name: weight.clone() for name, weight in head.named_parameters()})
 

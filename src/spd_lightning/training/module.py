@@ -50,8 +50,8 @@ class HeadOptions:
         intermediate_size: width of its MLPs; default: the target's (of a mixture without dense layers, the width of
             the experts a token passes).
         anchor_norm: RMSNorm of each anchor's hidden state before it is aggregated.
-        warm_start: it starts as the end of the target, instead of random: with the target's last layers, which needs
-            kind target, and aggregation weights that are fitted to what these read.
+        warm_start: training starts with the end of the target instead of random layers: its last ones, which needs
+            layers like the target's, and aggregation weights that are fitted to what these read.
     """
 
     kind: Literal["auto", "qwen3", "target"] = "auto"
@@ -240,7 +240,8 @@ class SpdModule(L.LightningModule):
         if reads:
             self.head = new_head(self.target, seed=hp.seed, **choices)
             if options.warm_start and not self.resumes and self._trainer is not None and self._trainer.training:
-                warm_start(self.target, self.head, self._training_batches())
+                with torch.device("cpu"):  # Lightning's default device is no place for the workers of a data loader
+                    warm_start(self.target, self.head, self._training_batches())
         else:
             self.head = shapes_of_head(self.target, head_config(self.target, **choices))
         self.head.checkpoint_layers = hp.activation_checkpointing

@@ -19,29 +19,35 @@ from spd_lightning.data.progress import progress_bar
 from spd_lightning.errors import InputError
 from spd_lightning.head.loading import target_style
 from spd_lightning.head.module import Aggregation, HeadLayer, SpeculationHead
+from spd_lightning.target.families import has_rope_per_kind
 from spd_lightning.target.target import Target
 
-#: Tokens that W_k are fitted to.
-TOKENS = 16_384
+#: Tokens that W_k are fitted to, at least, and per feature: with fewer than some per feature a regression learns noise.
+TOKENS, TOKENS_PER_FEATURE = 16_384, 8
 #: Of the regression, relative to each feature's own square.
 RIDGE = 1e-3
 
 
 @torch.no_grad()
 def warm_start(target: Target, head: SpeculationHead, batches: Iterable[Batch]) -> None:
-    """Let the head start as the target's last full-attention layers.
+    """Let the head start as the target's last layers, linear attention left out.
 
     Rows are brought to a root mean square of about 1 where the head norms its anchors, as those of a new head are, and
     what its layers write is divided by as much: the same head, at rates that suit new ones.
 
+    A head's layer attends to everything and turns queries and keys by the angles of full attention. Where the target
+    has other angles for windows (Gemma 3, OLMo 3) its full-attention layers are taken; what else it lacks (windows,
+    soft-capped scores, layers without angles) is not made up for.
+
     Args:
-        target: whole, on its device, which also has room for [F, F] float64, F = anchors x H: 3.4 GB for five of 4,096.
-        head: a new one, of kind `target`.
-        batches: of training texts; as many are read as hold `TOKENS` tokens.
+        target: whole, on its device, with room for two matrices [F, F] of float64, F = anchors x H: 3.4 GB each for
+            five anchors of 4,096.
+        head: a new one, with layers like the target's.
+        batches: of training texts; as many are read as are needed.
 
     Raises:
-        InputError: where the head's layers are built otherwise than the target's, or in other sizes: a part of a layer
-            is worth nothing without the rest.
+        InputError: where the head's layers are built otherwise than the target's, or in other sizes, where the target's
+            are quantised or offloaded, or where there is no text.
     """
     if head.config.style != target_style(target):
         raise InputError(
@@ -50,24 +56,27 @@ def warm_start(target: Target, head: SpeculationHead, batches: Iterable[Batch]) 
         )
     first = _copy_last_layers(target, head)
     squares, products, size = _moments(target, head, first, batches)
-    if not head.config.anchor_norm or head.config.style.norms == "after":  # these read rows as they are, whatever size
-        size = 1.0
-    ridge = RIDGE * (squares.diagonal() + 1e-6 * squares.diagonal().mean())  # a feature may be 0 throughout
-    for k, weight in enumerate(head.aggregation.parameters()):
+    diagonal = squares.diagonal()
+    diagonal += RIDGE * (diagonal + 1e-6 * diagonal.mean())  # a feature may be 0 throughout
+    factor = torch.linalg.cholesky(squares)  # and its first rows and columns are that of the first features
+    for k in head.staircase.reachable_blocks:
         F = (k + 1) * head.config.hidden_size
-        fitted = torch.linalg.solve(squares[:F, :F] + ridge[:F].diag(), products[:F])
-        weight.copy_(fitted.T / size)
+        cast(Aggregation, head.aggregation[k]).weight.copy_(torch.cholesky_solve(products[:F], factor[:F, :F]).T)
+    if head.config.anchor_norm and head.config.style.norms != "after":  # those read rows as they are, whatever size
+        shrink(head, size)
+
+
+def shrink(head: SpeculationHead, size: float) -> None:
+    """Divide rows and what layers add to them by `size`: the same head, up to the eps of its norms."""
+    for k in head.staircase.reachable_blocks:
+        cast(Aggregation, head.aggregation[k]).weight.div_(size)
     for layer in cast("list[HeadLayer]", list(head.layers)):
+        writers = ("self_attn.o_proj", "mlp.down_proj")
+        if layer.norms_outputs:
+            writers = ("post_attention_layernorm", "post_feedforward_layernorm")
         for name, weight in layer.named_parameters():
-            if name.startswith(_writers(layer)):
+            if name.startswith(writers):
                 weight.div_(size)
-
-
-def _writers(layer: HeadLayer) -> tuple[str, ...]:
-    """The modules that decide how much a layer adds to the residual stream."""
-    if layer.norms_outputs:
-        return ("post_attention_layernorm", "post_feedforward_layernorm")
-    return ("self_attn.o_proj", "mlp.down_proj")
 
 
 def _moments(
@@ -80,7 +89,10 @@ def _moments(
     """
     wanted = sorted({*head.config.anchors, depth})
     deepest = cast(Aggregation, head.aggregation[-1])
-    squares = products = torch.zeros((), dtype=torch.float64)
+    features, H = deepest.weight.shape[1], head.config.hidden_size
+    place = torch.device("cpu") if target.device.type == "mps" else target.device  # which knows no float64
+    squares, products = (torch.zeros(features, n, dtype=torch.float64, device=place) for n in (features, H))
+    tokens = max(TOKENS, TOKENS_PER_FEATURE * features)
     seen, inverse = 0, 0.0
     with progress_bar("warm start", "tokens") as progress:
         for batch in batches:
@@ -89,30 +101,44 @@ def _moments(
             positions = position_ids(batch).to(target.device) if packed else None
             states, _ = target(batch["input_ids"].to(target.device), wanted, positions, documents if packed else None)
             here = dict(zip(wanted, (state[documents >= 0].float() for state in states), strict=True))
-            y = here[depth].double()
-            weight = y.square().mean(-1, keepdim=True).rsqrt()
-            x = deepest.normed(torch.cat([here[anchor] for anchor in head.config.anchors], -1)).double() * weight
-            squares, products = squares.to(x.device) + x.T @ x, products.to(x.device) + x.T @ (y * weight)
+            x = deepest.normed(torch.cat([here[anchor] for anchor in head.config.anchors], -1)).to(place).double()
+            y = here[depth].to(place).double()
+            weight = y.square().mean(-1, keepdim=True).clamp(min=1e-12).rsqrt()
+            x *= weight
+            squares.addmm_(x.T, x)
+            products.addmm_(x.T, y * weight)
             inverse += float(weight.square().sum())
             seen += len(y)
-            progress(min(seen, TOKENS), TOKENS)
-            if seen >= TOKENS:
+            progress(min(seen, tokens), tokens)
+            if seen >= tokens:
                 break
-    return squares.cpu(), products.cpu(), (seen / inverse) ** 0.5
+    if not seen:
+        raise InputError("model.head.warm_start: there is no training text to fit the head to. Give data.train more.")
+    return squares, products, (seen / inverse) ** 0.5
 
 
 def _copy_last_layers(target: Target, head: SpeculationHead) -> int:
-    """The target's last full-attention layers, weight by weight of the same name; returns the first one's number."""
-    full = [i for i, kind in enumerate(target.layer_kinds) if kind != "linear_attention"][-len(head.layers) :]
-    if len(full) < len(head.layers):
+    """The target's last layers, weight by weight of the same name; returns the first one's number."""
+    apart = has_rope_per_kind(target.config)
+    taken = [
+        i
+        for i, kind in enumerate(target.layer_kinds)
+        if (kind == "full_attention" if apart else kind != "linear_attention")
+    ][-len(head.layers) :]
+    if len(taken) < len(head.layers):
         raise InputError(
-            f"model.head.warm_start: model.head.num_layers={len(head.layers)}, and the target has {len(full)} layers "
+            f"model.head.warm_start: model.head.num_layers={len(head.layers)}, and the target has {len(taken)} layers "
             "of full attention. Lower model.head.num_layers, or set warm_start to false."
         )
-    for index, layer in zip(full, head.layers, strict=True):
+    for index, layer in zip(taken, head.layers, strict=True):
         theirs = dict(target.layer(index).named_parameters())
         for name, weight in layer.named_parameters():
             source = theirs.get(name)
+            if source is not None and (source.is_meta or not source.is_floating_point() or source.itemsize < 2):
+                raise InputError(
+                    f"model.head.warm_start: {name} of the target's layer {index} is quantised or offloaded, and no "
+                    "weight to copy. Change model.loading, or set warm_start to false."
+                )
             if source is not None and source.shape == weight.shape:
                 less = 1 if "norm" in name and target.norms_store_minus_one else 0
                 weight.copy_(source.detach().to("cpu", torch.float32) + less)
@@ -122,4 +148,4 @@ def _copy_last_layers(target: Target, head: SpeculationHead) -> int:
                     f"model.head.warm_start: the head's {name} has shape {tuple(weight.shape)}, layer {index} of the "
                     f"target has {shape}. Set model.head.intermediate_size to null, or warm_start to false."
                 )
-    return full[0]
+    return taken[0]
