@@ -488,6 +488,7 @@ def fit(pristine: Path, data: Path, tmp_path: Path) -> Callable[..., list[str]]:
             {"model__head__warm_start": "true", "model__optimizer": "adamw", "trainer__strategy": "deepspeed_stage_3"},
             ["model.head.warm_start", "trainer.strategy"],
         ),
+        ({"model__head__warm_start": "true"}, ["model.head.warm_start", "model.head.kind to target"]),
         ({"model__restart_rate": 1.5}, ["model.restart_rate=1.5", "from 0 to 1"]),
         ({"model__head__num_layers": 0}, ["model.head.num_layers=0", "at least 1"]),
         ({"model__loading__dtype": "float33"}, ["dtype='float33'", "bfloat16"]),

@@ -45,13 +45,13 @@ from spd_lightning.files import write_whole
 from spd_lightning.head.checkpoint import read_checkpoint
 from spd_lightning.head.config import HeadConfig
 from spd_lightning.head.folder import save_head
-from spd_lightning.head.loading import find_head, load_head, read_source
+from spd_lightning.head.loading import fields_from_target, find_head, load_head, read_source, resolve_head_kind
 from spd_lightning.memory.resident import resident
 from spd_lightning.provenance import commit, versions
 from spd_lightning.speed.model import design_of, seconds_of
 from spd_lightning.staircase import Staircase
 from spd_lightning.target.gathering import in_pieces
-from spd_lightning.target.loading import check_target, load_target
+from spd_lightning.target.loading import check_target, load_target, shapes_of_target
 from spd_lightning.target.target import Target
 from spd_lightning.training.data import SpdDataModule
 from spd_lightning.training.loggers import JsonLinesLogger
@@ -78,6 +78,7 @@ from spd_lightning.training.survival import (
 from spd_lightning.training.throughput import Throughput
 from spd_lightning.training.tracking import Tracker, Tracking
 from spd_lightning.training.validation import DecodingValidation
+from spd_lightning.training.warm_start import check_style
 
 
 @dataclass(frozen=True)
@@ -231,6 +232,10 @@ def _prepare(cli: Any, header: Header | None, resumes: bool = True) -> Staircase
         module.stage_layers = HeadConfig(**header.fields["head_config"]).stage_layers
     module.resumes = header is not None
     staircase = module.check()
+    if module.head_options.warm_start:
+        shapes = shapes_of_target(module.settings.target, module.loading)
+        kind = resolve_head_kind(module.head_options.kind, shapes.config)
+        check_style(shapes, fields_from_target(shapes, kind)["style"])
     data.choose_packing(module.packing_refusal())
     data.share_out(trainer, header.data if header is not None and resumes else None)
     decoding = _validation_decoding(trainer)

@@ -17,6 +17,7 @@ from torch import Tensor
 from spd_lightning.data.batches import Batch, is_packed, position_ids
 from spd_lightning.data.progress import progress_bar
 from spd_lightning.errors import InputError
+from spd_lightning.head.config import LayerStyle
 from spd_lightning.head.loading import target_style
 from spd_lightning.head.module import Aggregation, HeadLayer, SpeculationHead
 from spd_lightning.target.families import has_rope_per_kind
@@ -49,11 +50,7 @@ def warm_start(target: Target, head: SpeculationHead, batches: Iterable[Batch]) 
         InputError: where the head's layers are built otherwise than the target's, or in other sizes, where the target's
             are quantised or offloaded, or where there is no text.
     """
-    if head.config.style != target_style(target):
-        raise InputError(
-            f"model.head.warm_start: the target's layers are of another kind than the head's {head.config.kind}. Set "
-            "model.head.kind to target, or warm_start to false."
-        )
+    check_style(target, head.config.style)
     first = _copy_last_layers(target, head)
     squares, products, size = _moments(target, head, first, batches)
     diagonal = squares.diagonal()
@@ -64,6 +61,15 @@ def warm_start(target: Target, head: SpeculationHead, batches: Iterable[Batch]) 
         cast(Aggregation, head.aggregation[k]).weight.copy_(torch.cholesky_solve(products[:F], factor[:F, :F]).T)
     if head.config.anchor_norm and head.config.style.norms != "after":  # those read rows as they are, whatever size
         shrink(head, size)
+
+
+def check_style(target: Target, style: LayerStyle) -> None:
+    """Refuse a head whose layers are built otherwise than the target's; the target needs no weights."""
+    if style != target_style(target):
+        raise InputError(
+            "model.head.warm_start: the target's layers are of another kind than the head's. Set model.head.kind to "
+            "target, or warm_start to false."
+        )
 
 
 def shrink(head: SpeculationHead, size: float) -> None:
