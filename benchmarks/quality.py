@@ -175,7 +175,11 @@ def _muon(name: str, change: dict[str, Any], lr: float = 6e-3, lm_head: float = 
     return _both(MUON | {"model.adamw_learning_rate": lm_head} | change, name, lr, batch)
 
 
-BEST_WARM = _muon("best-warm", NORM | LINEAR | WARM, lr=2e-3)
+def _warm(name: str, change: dict[str, Any], lr: float = 2e-3) -> Variant:
+    return _muon(name, NORM | LINEAR | WARM | change, lr=lr)
+
+
+BEST_WARM = _warm("best-warm", {})
 
 SCREEN = [
     *(_both({}, "published", lr, 16, published=True) for lr in (2e-3, 4e-3)),
@@ -404,9 +408,20 @@ BEST_DEEPER = _muon("best-draws2-deeper", NORM | LINEAR | DRAWS | DEEPER)
 #: What a decoder at temperature 1 gains from, all together: it rejects more often than a greedy one.
 BEST_ALL = _muon("best-all", NORM | LINEAR | DRAWS | DEEPER | {"model.restart_rate": 0.2})
 PUBLISHED = _both({}, "published", 1e-3, 4, published=True)
+WARM_DRAWS = _warm("best-warm-draws2", DRAWS)
+#: Everything that lowers the teacher-forced KL or raises alpha at temperature 1.
+WARM_ALL = _warm("best-warm-all", DRAWS | DEEPER | {"model.loss.tv": 1.0})
 #: Folder of benchmarks/second_target.py.
 SECOND = Path("runs/second")
 
+
+def _sampled(variant: Variant, name: str) -> Variant:
+    """Trained and judged on what the target itself writes at temperature 1; it decodes little."""
+    fields = variant.fields | {"data.validation": OWN("heldout64"), "data.validation_samples": 392}
+    return replace(variant, name=f"sampled-{name}", fields=fields, responses="sampled64", prompts=8)
+
+
+SAMPLED_ALL = replace(_sampled(WARM_ALL, "warm-all"), judged=(1.0,))
 FINAL = [
     *_seeds(PUBLISHED),
     # the baseline's other rates and batches, on the same prompts
@@ -416,6 +431,7 @@ FINAL = [
     *_seeds(BEST_DRAWS),
     *_seeds(BEST_DEEPER),
     *_seeds(BEST_WARM),
+    *_seeds(WARM_DRAWS),
     replace(BEST, name="best-greedy", responses="greedy", judged=(0.0,)),
     *_seeds(replace(BEST, name="best-greedy64", responses="greedy64", judged=(0.0,))),
     *(
@@ -424,6 +440,7 @@ FINAL = [
     ),
     *_seeds(replace(BEST_DRAWS, name="best-draws2-sampled64", responses="sampled64", judged=(1.0,))),
     *_seeds(replace(BEST_ALL, name="best-all-sampled64", responses="sampled64", judged=(1.0,))),
+    SAMPLED_ALL,
 ]
 OTHER = [
     replace(variant, name=f"second-{variant.name}", corpus=SECOND)
@@ -436,21 +453,14 @@ OTHER = [
 ]
 FOUR = [replace(variant, name=f"n4-{variant.name}", stages=4) for variant in (PUBLISHED, BEST, BEST_DRAWS)]
 
-
-def _sampled(variant: Variant, name: str) -> Variant:
-    """Trained and judged on what the target itself writes at temperature 1; it decodes little."""
-    fields = variant.fields | {"data.validation": OWN("heldout64"), "data.validation_samples": 392}
-    return replace(variant, name=f"sampled-{name}", fields=fields, responses="sampled64", prompts=8)
-
-
 SAMPLED_BEST = _sampled(BEST, "best")
 SAMPLED_TV = _sampled(_muon("", NORM | LINEAR | _loss(kl=1.0, tv=1.0)), "best-tv")
 TWICE = [
     replace(variant, name=f"{variant.name}-twice", responses="sampled64-twice", times=2, judged=(1.0,))
     for variant in (SAMPLED_BEST, SAMPLED_TV)
 ]
-# two studies share them: not to be run at the same time
-LEVERS = [SAMPLED_BEST, SAMPLED_TV, *TWICE]
+# studies share them: not to be run at the same time
+LEVERS = [SAMPLED_BEST, SAMPLED_TV, *TWICE, SAMPLED_ALL]
 LONG = [*(replace(variant, name=f"long-{variant.name}", times=2) for variant in (PUBLISHED, BEST)), *TWICE]
 
 STUDIES = {"screen": SCREEN, "final": FINAL, "second": OTHER, "four": FOUR, "long": LONG, "sampled": LEVERS}
