@@ -188,8 +188,8 @@ class RivalModule(SpdModule):
             asked = drafted[:, back:]
             loss = partial(
                 chunked_draft_loss,
-                target_hidden=last[:, back:][asked],
-                target_logits=target.logits,
+                target_hidden=target.normed(last[:, back:][asked]),
+                target_logits=target.logits_of_normed,
                 draft_ids=None,
                 fills=torch.ones(int(asked.sum()), dtype=torch.long),
                 num_stages=8,

@@ -152,8 +152,8 @@ class Setting:
             loss, _ = chunked_draft_loss(
                 hidden=hidden,
                 lm_head=head.lm_head.weight,
-                target_hidden=last[select],
-                target_logits=target.logits,
+                target_hidden=target.normed(last[select]),
+                target_logits=target.logits_of_normed,
                 draft_ids=None,
                 fills=layout.fills()[select],
                 num_stages=N_STAGES,

@@ -272,8 +272,8 @@ class Training:
             total, _ = chunked_draft_loss(
                 hidden=hidden,
                 lm_head=self.head.lm_head.weight,
-                target_hidden=last[select],
-                target_logits=self.target.logits,
+                target_hidden=self.target.normed(last[select]),
+                target_logits=self.target.logits_of_normed,
                 draft_ids=self.head.draft_token_ids,
                 fills=layout.fills()[select],
                 num_stages=self.head.staircase.num_stages,

@@ -13,7 +13,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from spd_lightning.errors import InputError
-from spd_lightning.training.losses import COLUMNS, TERMS, Loss, chunked_draft_loss, draft_kl, draft_loss
+from spd_lightning.training.losses import (
+    COLUMNS,
+    TERMS,
+    Loss,
+    chunked_draft_loss,
+    draft_kl,
+    draft_loss,
+    hidden_distance,
+)
 
 N_STAGES, H, V = 4, 12, 40
 DRAFT_IDS = torch.tensor([0, 3, 4, 9, 11, 17, 18, 25, 31, 32, 39])
@@ -31,20 +39,21 @@ class Case:
 
         self.draft_ids = draft_ids
         self.norm = nn.RMSNorm(H, dtype=dtype)
-        self.target_hidden, self.target_head = 3 * normal(P, H), normal(size, H)
+        self.target_hidden, self.target_head = self.norm(3 * normal(P, H)).detach(), normal(size, H)
         self.fills = torch.randint(1, N_STAGES + 1, (P,), generator=generator)
         rows = self.target_head if draft_ids is None else self.target_head[draft_ids]
         self.lm_head = (rows + 0.3 * normal(*rows.shape)).requires_grad_()
-        self.hidden = (self.norm(self.target_hidden).detach() + 0.5 * normal(P, H)).requires_grad_()
+        self.hidden = (self.target_hidden + 0.5 * normal(P, H)).requires_grad_()
 
     def target_logits(self, hidden: Tensor) -> Tensor:
         with torch.no_grad():
-            return self.norm(hidden) @ self.target_head.T
+            return hidden @ self.target_head.T
 
     def by_definition(self, options: Loss = Loss()) -> tuple[Tensor, list[Tensor]]:  # noqa: B008 (frozen)
         """Loss and the gradients of hidden and lm_head, by autograd."""
         logits = self.hidden @ self.lm_head.T
         loss = draft_loss(logits, self.target_logits(self.target_hidden), self.draft_ids, options).sum()
+        loss = loss + options.hidden * hidden_distance(self.hidden, self.target_hidden).sum()
         return loss.detach(), list(torch.autograd.grad(loss, (self.hidden, self.lm_head)))
 
     def chunked(
@@ -100,14 +109,15 @@ def drawn(seed: int) -> Loss:
     """A mix of some terms."""
     draw = random.Random(seed)
     weights = {name: draw.choice((0.0, draw.uniform(0.1, 2.0))) for name in TERMS}
-    return Loss(**weights | {"tv": 0.7}, lk_decay=draw.uniform(0, 5), misses=draw.random() < 0.5)
+    hidden = draw.choice((0.0, draw.uniform(0.1, 2.0)))
+    return Loss(**weights | {"tv": 0.7}, hidden=hidden, lk_decay=draw.uniform(0, 5), misses=draw.random() < 0.5)
 
 
 ALONE = [Loss(**dict.fromkeys(TERMS, 0.0) | {name: 1.0}) for name in TERMS]
 
 
 @vocabularies
-@pytest.mark.parametrize("options", [*ALONE, Loss(misses=False), *map(drawn, range(6))], ids=str)
+@pytest.mark.parametrize("options", [*ALONE, Loss(hidden=1.0), Loss(misses=False), *map(drawn, range(6))], ids=str)
 def test_every_term_and_every_mix_equals_its_definition(draft_ids: Tensor | None, options: Loss) -> None:
     case = Case(40, draft_ids)
     expected, expected_gradients = case.by_definition(options)
@@ -140,12 +150,26 @@ def test_each_term_alone_raises_what_it_is_for(name: str) -> None:
     assert after[0] > 0.95 > before[0] and after[1] > before[1] + 0.2
 
 
+def test_the_distance_of_hidden_states_is_relative_and_ends_where_they_meet() -> None:
+    case = Case(64, None)
+    wanted = case.target_hidden
+    assert hidden_distance(torch.zeros_like(wanted), wanted).tolist() == pytest.approx([1.0] * 64)
+    torch.testing.assert_close(hidden_distance(3 * case.hidden, 3 * wanted), hidden_distance(case.hidden, wanted))
+    optimizer = torch.optim.Adam([case.hidden], lr=0.05)
+    for _ in range(200):
+        optimizer.zero_grad()
+        hidden_distance(case.hidden, wanted).sum().backward()
+        optimizer.step()
+    torch.testing.assert_close(case.hidden.detach(), wanted, atol=1e-3, rtol=0)
+
+
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
         ({"tv": -1.0}, "model.loss.tv=-1.0: expected a number of at least 0"),
         ({"kl": float("nan")}, "model.loss.kl=nan"),
-        ({"kl": 0.0}, "expected a weight above 0 for one of kl, reverse_kl"),
+        ({"hidden": -0.5}, "model.loss.hidden=-0.5: expected a number of at least 0"),
+        ({"kl": 0.0, "hidden": 1.0}, "expected a weight above 0 for one of kl, reverse_kl"),
     ],
 )
 def test_weights_that_are_none_are_refused(fields: dict[str, float], says: str) -> None:
@@ -165,9 +189,9 @@ def test_a_batch_without_a_supervised_position_gives_zero_and_zero_gradients(dra
 def test_the_loss_of_a_head_that_equals_the_target_is_zero(draft_ids: Tensor | None) -> None:
     case = Case(9, draft_ids)
     with torch.no_grad():
-        case.hidden.copy_(case.norm(case.target_hidden))
+        case.hidden.copy_(case.target_hidden)
         case.lm_head.copy_(case.target_head if draft_ids is None else case.target_head[draft_ids])
-    loss, gradients, table = case.chunked(chunk=4)
+    loss, gradients, table = case.chunked(chunk=4, options=Loss(hidden=1.0))
     assert abs(loss.item()) < 1e-12 and max(g.abs().max().item() for g in gradients) < 1e-12
     if draft_ids is None:
         assert table[:, COLUMNS.index("alpha")].sum().item() == pytest.approx(9)

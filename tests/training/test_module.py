@@ -187,6 +187,31 @@ def test_deeper_rows_add_the_mean_loss_of_the_same_tokens(make_module: Callable[
     torch.testing.assert_close(found[0.7][1], found[0.0][1], msg="statistics are of the rows that draft")
 
 
+@pytest.mark.parametrize("deeper", [0.0, 0.6])
+def test_hidden_states_are_drawn_to_those_that_the_targets_lm_head_reads(
+    make_module: Callable[..., SpdModule], deeper: float
+) -> None:
+    """By definition: transformers' last hidden state, and every row through the dense training view."""
+    batch, found = padded(random_samples(3, 4), epoch=1), {}
+    for weight in (0.0, 0.7):
+        loss = Loss(hidden=weight, deeper_rows=deeper)
+        module = perturbed(make_module(loading=Loading(dtype="float64"), loss=loss))
+        module.head = module.parts()[1].double()
+        target, head = module.parts()
+        found[weight], table = module.loss(batch, statistics=False)
+        column = COLUMNS.index("loss")
+        if not deeper:
+            assert float(table[:, column].sum() / table[:, 0].sum()) == pytest.approx(found[weight].item())
+    wanted = target.model.model(batch["input_ids"]).last_hidden_state[:, None]
+    states, _ = target(batch["input_ids"], head.config.anchors)
+    layout = StaircaseLayout(head.staircase, module.entry_cycles(batch))
+    rows = head.norm(head(states, layout, dense=True, all_rows=True))  # [B, m, S, H]
+    apart = (rows - wanted).square().sum(-1) / wanted.square().sum(-1)
+    chosen = supervised_positions(batch)
+    expected = apart[:, 0][chosen].mean() + deeper * apart[:, 1:].mean(1)[chosen].mean()
+    assert (found[0.7] - found[0.0]).item() == pytest.approx(0.7 * expected.item(), abs=1e-9)
+
+
 def test_a_head_of_one_block_has_no_deeper_rows_to_train(make_module: Callable[..., SpdModule]) -> None:
     batch, losses = padded(random_samples(3, 4)), []
     for weight in (0.0, 0.7):

@@ -317,8 +317,18 @@ class Target(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Target logits [..., V] of last-layer outputs [..., H] (pre-norm)."""
-        # not lm_head(...): where weights are gathered from other ranks, the caller says for how long (`gathered`)
-        logits = self.lm_head.forward(self.norm.forward(hidden)).to(hidden.device)
+        return self.logits_of_normed(self.normed(hidden))
+
+    # not norm(...) and lm_head(...): where weights are gathered from other ranks, the caller says for how long
+    # (`gathered`)
+
+    def normed(self, hidden: Tensor) -> Tensor:
+        """Last-layer outputs [..., H] after the final norm: what the lm_head reads."""
+        return self.norm.forward(hidden).to(hidden.device)
+
+    def logits_of_normed(self, hidden: Tensor) -> Tensor:
+        """Target logits [..., V] of `normed` hidden states [..., H]."""
+        logits = self.lm_head.forward(hidden).to(hidden.device)
         return logits if self._softcap is None else softcap(logits, self._softcap)
 
     # -- one token through one stage (decoding) ----------------------------------------------------------------------

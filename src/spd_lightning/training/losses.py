@@ -12,6 +12,12 @@ draft vocabulary D, and p_t is P_t restricted to D and renormalised. `Loss` weig
 - `lk_hybrid`: lambda kl + (1 - lambda) tv with lambda = exp(-lk_decay alpha) per position, which no gradient passes:
   kl while P and Q are apart, tv as they meet (2602.23881; there with alpha averaged over a batch).
 
+Beside them stands one term that no law decides:
+
+- `hidden`: |x - y|^2 / |y|^2, x and y the hidden states that the head's and the target's lm_head read (feature
+  regression, as in EAGLE, 2401.15077). A law says of y only what a next token depends on, most of all on the likely
+  ones; y says all of it, so a head learns more from as much text.
+
 Positions whose target argmax lies OUTSIDE the draft vocabulary stay in the loss unless `misses` is false: what P puts
 inside still teaches sampled acceptance. In the metrics they are certain rejections at temperature 0 (`miss`).
 
@@ -55,6 +61,8 @@ class Loss:
         tv: weight of 1 - alpha, alpha the acceptance at temperature 1.
         lk: weight of -log alpha.
         lk_hybrid: weight of a mix that goes from kl to 1 - alpha as alpha grows.
+        hidden: weight of the squared distance between the head's and the target's last hidden state, over the latter's
+            square; at every supervised position, also where `misses` leaves the others out.
         lk_decay: how fast: kl's share of that mix is exp(-lk_decay x alpha).
         deeper_rows: weight of the same loss on the rows of deeper blocks, which draft the same token once more from
             more of the target; 0: only the rows that really draft are trained.
@@ -67,12 +75,13 @@ class Loss:
     tv: float = 0.0
     lk: float = 0.0
     lk_hybrid: float = 0.0
+    hidden: float = 0.0
     lk_decay: float = 3.0
     deeper_rows: float = 0.0
     misses: bool = True
 
     def __post_init__(self) -> None:
-        for name in (*TERMS, "lk_decay", "deeper_rows"):
+        for name in (*TERMS, "hidden", "lk_decay", "deeper_rows"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise InputError(f"model.loss.{name}={value}: expected a number of at least 0.")
@@ -80,7 +89,7 @@ class Loss:
             raise InputError(f"model.loss: expected a weight above 0 for one of {', '.join(TERMS)}.")
 
 
-#: The terms of a loss that have a weight.
+#: The terms that compare laws; one of them must have a weight, for `hidden` alone teaches the lm_head nothing.
 TERMS = ("kl", "reverse_kl", "ce", "tv", "lk", "lk_hybrid")
 
 
@@ -146,6 +155,12 @@ def draft_loss(draft_logits: Tensor, target_logits: Tensor, draft_ids: Tensor | 
     return total
 
 
+def hidden_distance(hidden: Tensor, target_hidden: Tensor) -> Tensor:
+    """The definition of `hidden`, per position: [P, H], [P, H] -> [P], in float32 or better."""
+    wanted = _wide(target_hidden)
+    return (_wide(hidden) - wanted).square().sum(-1) / _square(wanted)[:, 0]
+
+
 def chunked_draft_loss(
     hidden: Tensor,
     lm_head: Tensor,
@@ -160,13 +175,13 @@ def chunked_draft_loss(
     options: Loss = Loss(),  # noqa: B008 (frozen)
     verdicts: Verdicts | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Sum of `draft_loss` over all positions, a chunk at a time.
+    """Sum of `draft_loss` and of `hidden_distance` by its weight over all positions, a chunk at a time.
 
     Args:
         hidden: [P, H], the head's output after the final norm; receives gradient.
         lm_head: [V_d, H], the head's own lm_head; receives gradient.
-        target_hidden: [P, H], the target's last-layer output (pre-norm).
-        target_logits: the target's norm and lm_head, [C, H] -> [C, V].
+        target_hidden: [P, H], the target's last-layer output after its norm.
+        target_logits: the target's lm_head, [C, H] -> [C, V].
         draft_ids: [V_d] ids of the draft vocabulary; None: all V.
         fills: [P] tokens in flight, 1..n.
         num_stages: n.
@@ -226,6 +241,8 @@ class _ChunkedLoss(torch.autograd.Function):
                     logits = softcap * squeezed
                 log_q = logits.log_softmax(-1)
                 kl, value, grad = _value_and_gradient(log_q, teacher, draft_ids, options, grad_hidden is not None)
+                if options.hidden:
+                    value += options.hidden * hidden_distance(hidden[here], target_hidden[here])
                 total += value.sum()
                 if verdicts is not None:
                     verdicts.fill(here, log_q, teacher)
@@ -235,6 +252,10 @@ class _ChunkedLoss(torch.autograd.Function):
                         grad *= 1 - squeezed**2
                     grad = grad.to(compute)
                     grad_hidden[here] = grad @ weight
+                    if options.hidden:
+                        wanted = _wide(target_hidden[here])
+                        apart = (_wide(hidden[here]) - wanted) / _square(wanted)
+                        grad_hidden[here] += (2 * options.hidden * apart).to(grad_hidden.dtype)
                     grad_weight += (grad.T @ x).to(grad_weight.dtype)
         ctx.save_for_backward(grad_hidden, grad_weight)
         return total.to(torch.promote_types(hidden.dtype, torch.float32))
@@ -328,6 +349,11 @@ def _tabulate(
         }
     values = torch.stack([columns.get(name, torch.zeros_like(kl)).to(table.dtype) for name in COLUMNS], dim=-1)
     table.index_add_(0, fills, values)
+
+
+def _square(x: Tensor) -> Tensor:
+    """|x|^2 of each row, kept from 0: [P, H] -> [P, 1]."""
+    return x.square().sum(-1, keepdim=True).clamp(min=_LEAST)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -398,7 +398,7 @@ class SpdModule(L.LightningModule):
         drafting = hidden[:, 0][select] if deeper else hidden
         loss = partial(
             chunked_draft_loss,
-            target_logits=target.logits,
+            target_logits=target.logits_of_normed,
             draft_ids=head.draft_token_ids,
             num_stages=head.staircase.num_stages,
             chunk=self.settings.loss_chunk,
@@ -406,8 +406,9 @@ class SpdModule(L.LightningModule):
             options=self.loss_options,
         )
         fills = layout.fills()[select]
-        here = partial(loss, target_hidden=last, fills=fills, statistics=statistics, verdicts=verdicts)
         with gathered(target.norm, target.lm_head):  # chunks differ in number from rank to rank
+            last = target.normed(last)
+            here = partial(loss, target_hidden=last, fills=fills, statistics=statistics, verdicts=verdicts)
             total, table = head.lm_head(head.norm(drafting), here)
             if deeper:
                 rows = hidden[:, 1:].transpose(1, 2)[select]  # [P, m - 1, H]
