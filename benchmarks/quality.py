@@ -163,7 +163,6 @@ MUON = {"model.optimizer": "muon"}
 LINEAR = {"model.schedule": "linear", "model.final_learning_rate": 0.0}
 DRAWS = {"model.restart_draws": 2}
 DEEPER = _loss(kl=1.0, deeper_rows=0.3)
-HIDDEN = _loss(kl=1.0, hidden=1.0)
 WARM = {"model.head.kind": "target", "model.head.warm_start": "true"}
 
 
@@ -203,8 +202,8 @@ SCREEN = [
     _muon("best-ce", NORM | LINEAR | _loss(kl=1.0, ce=0.5)),
     _muon("best-deeper", NORM | LINEAR | DEEPER),
     BEST_WARM,
-    _warm("best-warm-hidden", HIDDEN),
-    *(_muon(f"best-hidden{weight:g}", NORM | LINEAR | _loss(kl=1.0, hidden=weight)) for weight in (0.3, 1.0, 3.0)),
+    *(_warm(f"best-warm-hidden{weight:g}", _loss(kl=1.0, hidden=weight)) for weight in (1.0, 3.0)),
+    *(_muon(f"best-hidden{weight:g}", NORM | LINEAR | _loss(kl=1.0, hidden=weight)) for weight in (1.0, 3.0, 10.0)),
     _muon("best-target-kind", NORM | LINEAR | {"model.head.kind": "target"}),
     _muon("best-restart0.25", NORM | LINEAR | {"model.restart_rate": 0.25}),
     _muon("best-all-anchors", NORM | LINEAR | {"model.head.anchors": "[0,1,2,3,4,5,6,7,8]"}),
