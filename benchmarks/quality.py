@@ -410,9 +410,10 @@ BEST_DEEPER = _muon("best-draws2-deeper", NORM | LINEAR | DRAWS | DEEPER)
 #: What a decoder at temperature 1 gains from, all together: it rejects more often than a greedy one.
 BEST_ALL = _muon("best-all", NORM | LINEAR | DRAWS | DEEPER | {"model.restart_rate": 0.2})
 PUBLISHED = _both({}, "published", 1e-3, 4, published=True)
-WARM_DRAWS = _warm("best-warm-draws2", DRAWS)
-#: Everything that lowers the teacher-forced KL or raises alpha at temperature 1.
+#: Everything but `hidden` that lowers the teacher-forced KL or raises alpha at temperature 1.
 WARM_ALL = _warm("best-warm-all", DRAWS | DEEPER | {"model.loss.tv": 1.0})
+BEST_HIDDEN = _muon("best-hidden3", NORM | LINEAR | _loss(kl=1.0, hidden=3.0))
+HIDDEN_TV = _muon("best-hidden3-tv", NORM | LINEAR | _loss(kl=1.0, hidden=3.0, tv=1.0))
 #: Folder of benchmarks/second_target.py.
 SECOND = Path("runs/second")
 
@@ -423,6 +424,7 @@ def _sampled(variant: Variant, name: str) -> Variant:
     return replace(variant, name=f"sampled-{name}", fields=fields, responses="sampled64", prompts=8)
 
 
+SAMPLED_HIDDEN = replace(_sampled(HIDDEN_TV, "hidden3-tv"), judged=(1.0,))
 SAMPLED_ALL = replace(_sampled(WARM_ALL, "warm-all"), judged=(1.0,))
 FINAL = [
     *_seeds(PUBLISHED),
@@ -433,7 +435,7 @@ FINAL = [
     *_seeds(BEST_DRAWS),
     *_seeds(BEST_DEEPER),
     *_seeds(BEST_WARM),
-    *_seeds(WARM_DRAWS),
+    *_seeds(BEST_HIDDEN),
     replace(BEST, name="best-greedy", responses="greedy", judged=(0.0,)),
     *_seeds(replace(BEST, name="best-greedy64", responses="greedy64", judged=(0.0,))),
     *(
@@ -443,14 +445,16 @@ FINAL = [
     *_seeds(replace(BEST_DRAWS, name="best-draws2-sampled64", responses="sampled64", judged=(1.0,))),
     *_seeds(replace(BEST_ALL, name="best-all-sampled64", responses="sampled64", judged=(1.0,))),
     SAMPLED_ALL,
+    *_seeds(SAMPLED_HIDDEN),
 ]
 OTHER = [
     replace(variant, name=f"second-{variant.name}", corpus=SECOND)
     for variant in (
         *_seeds(PUBLISHED),
         *_seeds(BEST_DRAWS),
-        replace(BEST, name="best-greedy64", responses="second-greedy64", judged=(0.0,)),
-        replace(BEST_DRAWS, name="best-draws2-sampled64", responses="second-sampled64", judged=(1.0,)),
+        *_seeds(BEST_HIDDEN),
+        replace(BEST_HIDDEN, name="best-hidden3-greedy64", responses="second-greedy64", judged=(0.0,)),
+        replace(HIDDEN_TV, name="best-hidden3-tv-sampled64", responses="second-sampled64", judged=(1.0,)),
     )
 ]
 FOUR = [replace(variant, name=f"n4-{variant.name}", stages=4) for variant in (PUBLISHED, BEST, BEST_DRAWS)]
@@ -462,7 +466,7 @@ TWICE = [
     for variant in (SAMPLED_BEST, SAMPLED_TV)
 ]
 # studies share them: not to be run at the same time
-LEVERS = [SAMPLED_BEST, SAMPLED_TV, *TWICE, SAMPLED_ALL]
+LEVERS = [SAMPLED_BEST, SAMPLED_TV, *TWICE, SAMPLED_ALL, SAMPLED_HIDDEN]
 LONG = [*(replace(variant, name=f"long-{variant.name}", times=2) for variant in (PUBLISHED, BEST)), *TWICE]
 
 STUDIES = {"screen": SCREEN, "final": FINAL, "second": OTHER, "four": FOUR, "long": LONG, "sampled": LEVERS}
