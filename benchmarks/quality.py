@@ -61,8 +61,10 @@ SHARED = {
 #: published recipe says all of it.
 PLAIN = {
     "model.optimizer": "adamw", "model.adamw_learning_rate": "null", "model.schedule": "cosine",
-    "model.final_learning_rate": 0.1, "model.head.anchor_norm": "false",
+    "model.final_learning_rate": 0.1, "model.head.anchor_norm": "false", "model.loss.hidden": 0.0,
 }  # fmt: skip
+#: Words that runs of the time before these fields existed lack: they say what such a run did.
+LATER = {"--model.loss.hidden=0.0"}
 FORCED = ("kl", "top1", "hit2", "hit4", "alpha")
 ROWS = 4480  # conversations of a run: half of the corpus, 0.54 M tokens
 OWN = "runs/regenerated/{}/train.jsonl".format
@@ -217,6 +219,11 @@ SCREEN = [
 ]
 
 
+def same(words: list[str], others: list[str]) -> bool:
+    """Whether two commands ask for the same run, in whatever order."""
+    return set(words) - LATER == set(others) - LATER
+
+
 def finished(variant: Variant) -> dict[str, Any] | None:
     """The record of a finished run of exactly these words."""
     try:
@@ -224,7 +231,7 @@ def finished(variant: Variant) -> dict[str, Any] | None:
         words = json.loads((variant.folder / "words.json").read_text())
     except (OSError, ValueError):
         return None
-    return record if record["status"] == "finished" and words == variant.words() else None
+    return record if record["status"] == "finished" and same(words, variant.words()) else None
 
 
 def run(variant: Variant, threads: int) -> None:
@@ -340,7 +347,8 @@ def known_rows(study: list[Variant], record: dict[str, Any]) -> list[dict[str, A
     for variant in study:
         row = recorded.get((variant.name, variant.seed))
         target = variant.written()
-        if row is not None and (row["words"] != variant.words()[1:] or (target and row.get("target") != target)):
+        another_target = target is not None and row is not None and row.get("target") != target
+        if row is not None and (another_target or not same(row["words"], variant.words()[1:])):
             console.print(f"{variant.name} seed {variant.seed}: what the record has is of another run, and dropped")
             row = None
         if finished(variant):

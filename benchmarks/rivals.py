@@ -194,6 +194,7 @@ class RivalModule(SpdModule):
                 fills=torch.ones(int(asked.sum()), dtype=torch.long),
                 num_stages=8,
                 statistics=statistics and step == 0,
+                options=self.loss_options,
             )
             value, table = head.lm_head(head.norm(hidden[:, : S - back][asked]), loss)
             total, weights = total + DECAY**step * value, weights + DECAY**step
