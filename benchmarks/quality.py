@@ -475,7 +475,7 @@ TWICE = [
 ]
 # studies share them: not to be run at the same time
 LEVERS = [SAMPLED_BEST, SAMPLED_TV, *TWICE, SAMPLED_ALL, SAMPLED_HIDDEN]
-LONG = [*(replace(variant, name=f"long-{variant.name}", times=2) for variant in (PUBLISHED, BEST)), *TWICE]
+LONG = [*(replace(variant, name=f"long-{variant.name}", times=2) for variant in (PUBLISHED, BEST, BEST_HIDDEN)), *TWICE]
 
 STUDIES = {"screen": SCREEN, "final": FINAL, "second": OTHER, "four": FOUR, "long": LONG, "sampled": LEVERS}
 #: Studies whose heads decode more prompts, and the recipe that the others are held against.
