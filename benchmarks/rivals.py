@@ -49,7 +49,7 @@ from spd_lightning.head.module import HeadLayer, LmHead, _rotary_embedding  # no
 from spd_lightning.target.loading import load_target  # noqa: E402
 from spd_lightning.target.target import Target  # noqa: E402
 from spd_lightning.training.data import SpdDataModule  # noqa: E402
-from spd_lightning.training.losses import chunked_draft_loss  # noqa: E402
+from spd_lightning.training.losses import Loss, chunked_draft_loss  # noqa: E402
 from spd_lightning.training.metrics import DraftStatistics  # noqa: E402
 from spd_lightning.training.module import SpdModule  # noqa: E402
 
@@ -62,7 +62,7 @@ NAMES = ("chain", *(f"exit{d}" for d in EXITS))
 #: How SPD's best head of docs/quality.md is trained; its normed states are in the rivals' heads themselves.
 SETTINGS = {
     "optimizer": "muon", "learning_rate": 6e-3, "adamw_learning_rate": 5e-4, "schedule": "linear",
-    "final_learning_rate": 0.0,
+    "final_learning_rate": 0.0, "loss": Loss(hidden=3.0),
 }  # fmt: skip
 
 

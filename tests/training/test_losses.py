@@ -281,11 +281,12 @@ def test_a_frozen_lm_head_and_a_pass_without_gradients_are_served() -> None:
     assert not silent.requires_grad and silent.item() == pytest.approx(expected.item()) and table.any()
 
 
-def test_under_bfloat16_autocast_the_gradients_stay_float32_and_close() -> None:
+@pytest.mark.parametrize("options", [Loss(), Loss(hidden=3.0)], ids=str)
+def test_under_bfloat16_autocast_the_gradients_stay_float32_and_close(options: Loss) -> None:
     case = Case(64, None, torch.float32)
-    expected, expected_gradients = case.by_definition()
+    expected, expected_gradients = case.by_definition(options)
     with torch.autocast("cpu", torch.bfloat16):
-        loss, gradients, _ = case.chunked(16)
+        loss, gradients, _ = case.chunked(16, options=options)
     assert [g.dtype for g in gradients] == [torch.float32] * 2
     assert relative_error(loss, expected) < 0.02
     for ours, theirs in zip(gradients, expected_gradients, strict=True):

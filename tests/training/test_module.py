@@ -267,7 +267,7 @@ def test_loss_and_gradient_of_a_global_batch_do_not_depend_on_how_it_is_cut(
 ) -> None:
     """Into micro-batches of any sizes, padded or packed: the mean of the parts is the whole."""
     draw = random.Random(seed)
-    module = make_module(loading=Loading(dtype="float64"), loss_chunk=7)
+    module = make_module(loading=Loading(dtype="float64"), loss_chunk=7, loss=Loss(hidden=seed % 2))
     module.head = perturbed(module).parts()[1].double()
     samples = random_samples(9, seed)
     whole, _ = module.loss(padded(samples, epoch=1), statistics=False)

@@ -55,7 +55,7 @@ def plot_training(metrics: Path, out: Path) -> Path:
     _line(above, [t / scale for t in tokens], loss, BLUE)
     if loss:
         above.set_ylim(0, 1.08 * max(loss))
-    _dress(above, "Training loss of the head", "KL to the target (nats)")
+    _dress(above, "Training loss of the head", "loss per token")
     _acceptance_panel(below, lines, scale)
     below.set_xlabel(f"training tokens{unit}", color=INK)
     below.set_xlim(left=0)

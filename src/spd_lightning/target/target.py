@@ -317,10 +317,8 @@ class Target(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Target logits [..., V] of last-layer outputs [..., H] (pre-norm)."""
-        return self.logits_of_normed(self.normed(hidden))
-
-    # not norm(...) and lm_head(...): where weights are gathered from other ranks, the caller says for how long
-    # (`gathered`)
+        # not norm(...): where weights are gathered from other ranks, the caller says for how long (`gathered`)
+        return self.logits_of_normed(self.norm.forward(hidden)).to(hidden.device)
 
     def normed(self, hidden: Tensor) -> Tensor:
         """Last-layer outputs [..., H] after the final norm: what the lm_head reads."""

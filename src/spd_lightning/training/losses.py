@@ -12,7 +12,7 @@ draft vocabulary D, and p_t is P_t restricted to D and renormalised. `Loss` weig
 - `lk_hybrid`: lambda kl + (1 - lambda) tv with lambda = exp(-lk_decay alpha) per position, which no gradient passes:
   kl while P and Q are apart, tv as they meet (2602.23881; there with alpha averaged over a batch).
 
-Beside them stands one term that no law decides:
+Beside these terms, which compare laws, stands one that compares what laws are made from:
 
 - `hidden`: |x - y|^2 / |y|^2, x and y the hidden states that the head's and the target's lm_head read (feature
   regression, as in EAGLE, 2401.15077). A law says of y only what a next token depends on, most of all on the likely
@@ -241,8 +241,12 @@ class _ChunkedLoss(torch.autograd.Function):
                     logits = softcap * squeezed
                 log_q = logits.log_softmax(-1)
                 kl, value, grad = _value_and_gradient(log_q, teacher, draft_ids, options, grad_hidden is not None)
+                pull = None
                 if options.hidden:
-                    value += options.hidden * hidden_distance(hidden[here], target_hidden[here])
+                    wanted = _wide(target_hidden[here])
+                    apart, size = _wide(hidden[here]) - wanted, _square(wanted)
+                    value += options.hidden * (_square(apart) / size)[:, 0]
+                    pull = 2 * options.hidden * apart / size
                 total += value.sum()
                 if verdicts is not None:
                     verdicts.fill(here, log_q, teacher)
@@ -252,10 +256,8 @@ class _ChunkedLoss(torch.autograd.Function):
                         grad *= 1 - squeezed**2
                     grad = grad.to(compute)
                     grad_hidden[here] = grad @ weight
-                    if options.hidden:
-                        wanted = _wide(target_hidden[here])
-                        apart = (_wide(hidden[here]) - wanted) / _square(wanted)
-                        grad_hidden[here] += (2 * options.hidden * apart).to(grad_hidden.dtype)
+                    if pull is not None:
+                        grad_hidden[here] += pull.to(grad_hidden.dtype)
                     grad_weight += (grad.T @ x).to(grad_weight.dtype)
         ctx.save_for_backward(grad_hidden, grad_weight)
         return total.to(torch.promote_types(hidden.dtype, torch.float32))
