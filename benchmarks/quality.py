@@ -432,6 +432,8 @@ def _sampled(variant: Variant, name: str) -> Variant:
     return replace(variant, name=f"sampled-{name}", fields=fields, responses="sampled64", prompts=8)
 
 
+WARM_HIDDEN_TV = _warm("", _loss(kl=1.0, hidden=10.0, tv=1.0))
+SAMPLED_WARM_HIDDEN = replace(_sampled(WARM_HIDDEN_TV, "warm-hidden10-tv"), judged=(1.0,))
 SAMPLED_HIDDEN = replace(_sampled(HIDDEN_TV, "hidden3-tv"), judged=(1.0,))
 SAMPLED_ALL = replace(_sampled(WARM_ALL, "warm-all"), judged=(1.0,))
 FINAL = [
@@ -454,6 +456,7 @@ FINAL = [
     *_seeds(replace(BEST_ALL, name="best-all-sampled64", responses="sampled64", judged=(1.0,))),
     SAMPLED_ALL,
     *_seeds(SAMPLED_HIDDEN),
+    *_seeds(SAMPLED_WARM_HIDDEN),
 ]
 OTHER = [
     replace(variant, name=f"second-{variant.name}", corpus=SECOND)
@@ -474,7 +477,7 @@ TWICE = [
     for variant in (SAMPLED_BEST, SAMPLED_TV)
 ]
 # studies share them: not to be run at the same time
-LEVERS = [SAMPLED_BEST, SAMPLED_TV, *TWICE, SAMPLED_ALL, SAMPLED_HIDDEN]
+LEVERS = [SAMPLED_BEST, SAMPLED_TV, *TWICE, SAMPLED_ALL, SAMPLED_HIDDEN, SAMPLED_WARM_HIDDEN]
 LONG = [*(replace(variant, name=f"long-{variant.name}", times=2) for variant in (PUBLISHED, BEST, BEST_HIDDEN)), *TWICE]
 
 STUDIES = {"screen": SCREEN, "final": FINAL, "second": OTHER, "four": FOUR, "long": LONG, "sampled": LEVERS}
