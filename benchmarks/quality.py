@@ -177,8 +177,8 @@ def _muon(name: str, change: dict[str, Any], lr: float = 6e-3, lm_head: float = 
     return _both(MUON | {"model.adamw_learning_rate": lm_head} | change, name, lr, batch)
 
 
-def _warm(name: str, change: dict[str, Any], lr: float = 2e-3) -> Variant:
-    return _muon(name, NORM | LINEAR | WARM | change, lr=lr)
+def _warm(name: str, change: dict[str, Any]) -> Variant:
+    return _muon(name, NORM | LINEAR | WARM | change, lr=2e-3)
 
 
 BEST_WARM = _warm("best-warm", {})
