@@ -169,6 +169,12 @@ def logged(directory: Path, name: str) -> list[float]:
     return [line[name] for line in lines if name in line]
 
 
+def logged_by_step(directory: Path, name: str) -> dict[int, float]:
+    """A metric of a run by its optimizer step; of several lines of a step (micro-batches) the last one."""
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line[name] for line in lines if name in line}
+
+
 def everything_logged(directory: Path) -> list[dict[str, float]]:
     """All lines, without what clocks decide."""
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
