@@ -468,7 +468,7 @@ OTHER = [
         replace(HIDDEN_TV, name="best-hidden3-tv-sampled64", responses="second-sampled64", judged=(1.0,)),
     )
 ]
-FOUR = [replace(variant, name=f"n4-{variant.name}", stages=4) for variant in (PUBLISHED, BEST, BEST_DRAWS)]
+FOUR = [replace(variant, name=f"n4-{variant.name}", stages=4) for variant in (PUBLISHED, BEST, BEST_HIDDEN)]
 
 SAMPLED_BEST = _sampled(BEST, "best")
 SAMPLED_TV = _sampled(_muon("", NORM | LINEAR | _loss(kl=1.0, tv=1.0)), "best-tv")
