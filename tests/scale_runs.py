@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
 import pytest
+from scale.worker import go_through
 
 WORKER = Path(__file__).parent / "scale" / "worker.py"
 
@@ -87,7 +89,19 @@ def base_fields(model_folder: Path, data_files: dict[str, str]) -> dict[str, Any
 
 
 @pytest.fixture(scope="session")
-def go(base_fields: dict[str, Any]) -> Callable[..., Done]:
+def forked() -> ForkServerContext:
+    """Where ranks come from: a process that has imported what a run imports, which takes longer than these runs do."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["spd_lightning.training.run", "deepspeed"])
+    with pytest.MonkeyPatch.context() as patch:  # what is read by imports
+        for name, value in {"HF_HUB_OFFLINE": "1", "COLUMNS": "200", "DS_ACCELERATOR": "cpu"}.items():
+            patch.setenv(name, value)
+        forkserver.ensure_running()
+    return context
+
+
+@pytest.fixture(scope="session")
+def go(base_fields: dict[str, Any], forked: ForkServerContext) -> Callable[..., Done]:
     """Goes through cases one after another, on one rank or several."""
 
     def run(folder: Path, cases: Sequence[Case], ranks: int = 1, limit: float = 280) -> Done:
@@ -98,9 +112,7 @@ def go(base_fields: dict[str, Any]) -> Callable[..., Done]:
         listed = [
             {"name": c.name, "arguments": c.arguments, "stop_at": c.stop_at, "break_at": c.break_at} for c in cases
         ]
-        script = folder / f"{cases[0].name}-cases.json"
-        script.write_text(json.dumps(listed))
-        outputs = start_ranks([sys.executable, str(WORKER), str(script)], folder, ranks, limit)
+        outputs = start_ranks(forked, listed, folder, ranks, limit)
         found = re.findall(r"^RETURNED (.*)$", outputs[0], re.MULTILINE)
         returned = dict(json.loads(line) for line in found)
         assert set(returned) == {case.name for case in cases}, "\n".join(outputs)
@@ -109,43 +121,28 @@ def go(base_fields: dict[str, Any]) -> Callable[..., Done]:
     return run
 
 
-def start_ranks(command: Sequence[str], folder: Path, ranks: int, limit: float) -> list[str]:
-    """Start the same command for every rank as torchrun would, wait, and return what each printed and its status."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+def start_ranks(
+    forked: ForkServerContext, cases: Sequence[dict[str, Any]], folder: Path, ranks: int, limit: float
+) -> list[str]:
+    """Go through cases on every rank, started as torchrun would; return what each printed and its status."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes, files = [], []
-    for rank in range(ranks):
-        if ranks > 1:
-            environment |= torchrun_variables(rank, ranks, port)
-        files.append((folder / f"rank{rank}.txt").open("w+"))
-        processes.append(
-            subprocess.Popen(
-                command,
-                cwd=folder,
-                env=environment,
-                stdout=files[-1],
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-            )
-        )
+    files = [folder / f"rank{rank}.txt" for rank in range(ranks)]
+    processes = []
+    for rank, file in enumerate(files):
+        variables = torchrun_variables(rank, ranks, port) if ranks > 1 else {}
+        processes.append(forked.Process(target=go_through, args=(cases, folder, file, variables)))
+        processes[-1].start()
     try:
         for process in processes:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(limit)
+            process.join(limit)
     finally:
         for process in processes:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    texts = []
-    for file, process in zip(files, processes, strict=True):
-        file.seek(0)
-        texts.append(f"{file.read()}\nEXIT {process.returncode}\n")
-        file.close()
-    return texts
+            process.join()
+    return [f"{f.read_text()}\nEXIT {p.exitcode}\n" for f, p in zip(files, processes, strict=True)]
 
 
 def torchrun_variables(rank: int, ranks: int, port: int) -> dict[str, str]:

@@ -14,9 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
-from spd_lightning import cli  # noqa: E402
+from spd_lightning import cli
 
 
 def stop_in(step: int) -> None:
@@ -101,8 +99,25 @@ def main(cases: list[dict[str, Any]]) -> None:
         print("RETURNED", json.dumps([case["name"], cli.main(case["arguments"])]), flush=True)
 
 
+def go_through(cases: list[dict[str, Any]], folder: Path, output: Path, variables: dict[str, str]) -> None:
+    """`main` as a process that was forked: in a session, a folder and an environment of its own."""
+    import torch
+    from lightning.fabric.utilities.rank_zero import rank_zero_only
+
+    os.setsid()
+    os.chdir(folder)
+    with output.open("wb") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    os.environ |= variables
+    rank_zero_only.rank = int(variables.get("RANK", 0))  # which Lightning reads when it is imported
+    torch.set_num_threads(1)
+    main(cases)
+
+
 if __name__ == "__main__":
     import torch
 
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     torch.set_num_threads(1)
     main(json.loads(Path(sys.argv[1]).read_text()))
