@@ -20,6 +20,8 @@ import pytest
 from scale.worker import go_through
 
 WORKER = Path(__file__).parent / "scale" / "worker.py"
+#: Environment of ranks, some of which is read by what they import.
+FORKED = {"HF_HUB_OFFLINE": "1", "COLUMNS": "200", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 
 
 @dataclass
@@ -94,7 +96,7 @@ def forked() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["spd_lightning.training.run", "deepspeed"])
     with pytest.MonkeyPatch.context() as patch:  # what is read by imports
-        for name, value in {"HF_HUB_OFFLINE": "1", "COLUMNS": "200", "DS_ACCELERATOR": "cpu"}.items():
+        for name, value in FORKED.items():
             patch.setenv(name, value)
         forkserver.ensure_running()
     return context
@@ -131,8 +133,8 @@ def start_ranks(
     files = [folder / f"rank{rank}.txt" for rank in range(ranks)]
     processes = []
     for rank, file in enumerate(files):
-        variables = torchrun_variables(rank, ranks, port) if ranks > 1 else {}
-        processes.append(forked.Process(target=go_through, args=(cases, folder, file, variables)))
+        environment = os.environ | FORKED | (torchrun_variables(rank, ranks, port) if ranks > 1 else {})
+        processes.append(forked.Process(target=go_through, args=(cases, folder, file, environment)))
         processes[-1].start()
     try:
         for process in processes:

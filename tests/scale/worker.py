@@ -99,7 +99,7 @@ def main(cases: list[dict[str, Any]]) -> None:
         print("RETURNED", json.dumps([case["name"], cli.main(case["arguments"])]), flush=True)
 
 
-def go_through(cases: list[dict[str, Any]], folder: Path, output: Path, variables: dict[str, str]) -> None:
+def go_through(cases: list[dict[str, Any]], folder: Path, output: Path, environment: dict[str, str]) -> None:
     """`main` as a process that was forked: in a session, a folder and an environment of its own."""
     import torch
     from lightning.fabric.utilities.rank_zero import rank_zero_only
@@ -109,8 +109,9 @@ def go_through(cases: list[dict[str, Any]], folder: Path, output: Path, variable
     with output.open("wb") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
-    os.environ |= variables
-    rank_zero_only.rank = int(variables.get("RANK", 0))  # which Lightning reads when it is imported
+    os.environ.clear()
+    os.environ |= environment
+    rank_zero_only.rank = int(environment.get("RANK", 0))  # which Lightning reads when it is imported
     torch.set_num_threads(1)
     main(cases)
 
