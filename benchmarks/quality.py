@@ -196,6 +196,7 @@ SCREEN = [
     # one thing left out of the best recipe
     _both(MUON | NORM | LINEAR | {"model.adamw_learning_rate": 6e-3}, "muon-norm-linear", 6e-3, 4),
     *(_both(NORM | LINEAR, "norm-linear", lr, 4) for lr in (1e-3, 2e-3)),
+    *(_both(NORM | LINEAR | _loss(kl=1.0, hidden=3.0), "norm-linear-hidden3", lr, 4) for lr in (1e-3, 2e-3)),
     _muon("best-published-restarts", NORM | LINEAR | {"model.restarts": "published"}),
     _muon("muon-lmhead5e-4-norm-linear", NORM | LINEAR, batch=16),
     # one thing added to it, or changed
