@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scale.worker import go_through
+from scale_worker import go_through
 
-WORKER = Path(__file__).parent / "scale" / "worker.py"
+WORKER = Path(__file__).with_name("scale_worker.py")
 #: Environment of ranks, some of which is read by what they import.
 FORKED = {"HF_HUB_OFFLINE": "1", "COLUMNS": "200", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 

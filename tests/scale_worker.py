@@ -1,4 +1,4 @@
-"""One rank that goes through several runs in one process: `python worker.py CASES.json`.
+"""One rank that goes through several runs in one process: `python scale_worker.py CASES.json`.
 
 CASES.json lists {"name", "arguments", "stop_at", "break_at"}. A case with `stop_at` sends itself SIGTERM in that step,
 with "validation" while it decodes its first prompt; one with `break_at` (step, rank) makes a loss not a number. Ranks
