@@ -133,6 +133,7 @@ def start_ranks(
     files = [folder / f"rank{rank}.txt" for rank in range(ranks)]
     processes = []
     for rank, file in enumerate(files):
+        file.touch()  # there also where a rank ends before it prints
         environment = os.environ | FORKED | (torchrun_variables(rank, ranks, port) if ranks > 1 else {})
         processes.append(forked.Process(target=go_through, args=(cases, folder, file, environment)))
         processes[-1].start()
@@ -143,6 +144,7 @@ def start_ranks(
         for process in processes:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
+            process.kill()  # one that was not yet in a session of its own
             process.join()
     return [f"{f.read_text()}\nEXIT {p.exitcode}\n" for f, p in zip(files, processes, strict=True)]
 
